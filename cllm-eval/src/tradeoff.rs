@@ -61,7 +61,7 @@ pub struct Point {
     pub role: Role,
     /// The strategy with its settings, such as `rolling n=16`.
     pub strategy: String,
-    /// 1 for `ar`.
+    /// Size of the strategy's window; 1 for `ar`.
     pub max_tokens_per_forward: usize,
     pub accuracy: f64,
     /// 95 % interval of the accuracy.

@@ -115,10 +115,10 @@ impl AddAssign for Timing {
     }
 }
 
-/// Slots of the KV cache that one sequence needs: its prompt, its answer, and draft tokens past the
-/// end of the answer.
+/// Slots of the KV cache that one sequence needs: its prompt, its answer, and what a forward has past
+/// the end of the answer.
 pub fn required_slots(num_prompt_tokens: usize, stop: &StopConditions, strategy: Strategy) -> usize {
-    num_prompt_tokens.saturating_add(stop.max_new_tokens).saturating_add(strategy.max_window_tokens())
+    num_prompt_tokens.saturating_add(stop.max_new_tokens).saturating_add(strategy.max_forwarded_tokens())
 }
 
 /// Checks that the prompt is not empty and fits the model's context together with its answer.

@@ -201,18 +201,24 @@ impl Strategy {
         }
     }
 
-    /// Maximum number of tokens that a sequence forwards at once.
+    /// Maximum number of tokens of a window, and so of those that a forward accepts.
     pub fn max_window_tokens(self) -> usize {
         match self {
             Strategy::Ar => 1,
             Strategy::Jacobi { n } | Strategy::Drafted { n } => n,
-            Strategy::Gated { n, tree } => self.num_forwarded(rolling_tokens(n, tree, MAX_GATED_TOKENS)),
+            Strategy::Gated { n, tree } => rolling_tokens(n, tree, MAX_GATED_TOKENS),
             Strategy::Rolling { n, tree, .. } => rolling_tokens(n, tree, MAX_TREE_TOKENS),
             Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
             Strategy::Lookahead { window, ngram, candidates } => {
                 window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
             }
         }
+    }
+
+    /// Maximum number of tokens that a sequence forwards at once, each in a slot of its own: those of
+    /// its window, as often as a forward has them.
+    pub fn max_forwarded_tokens(self) -> usize {
+        self.num_forwarded(self.max_window_tokens())
     }
 
     /// How often a forward has each token of a window with drafts.
@@ -395,6 +401,24 @@ impl fmt::Display for Strategy {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_forward_has_the_window_of_gated_twice_and_all_others_once() {
+        let gated = |n, tree| Strategy::Gated { n, tree };
+        for (strategy, num_window_tokens, num_forwarded) in [
+            (Strategy::Ar, 1, 1),
+            (Strategy::rolling(16), 16, 16),
+            (Strategy::auto(0), 64, 64),
+            (Strategy::Drafted { n: 16 }, 16, 16),
+            (Strategy::multi_block(16), 32, 32),
+            (Strategy::gated(16), 16, 32),
+            (gated(Width::Fixed(8), 20), 20, 40),
+            (gated(Width::Auto, 0), 32, 64),
+        ] {
+            let sizes = (strategy.max_window_tokens(), strategy.max_forwarded_tokens());
+            assert_eq!(sizes, (num_window_tokens, num_forwarded), "{strategy}");
+        }
+    }
 
     #[test]
     fn parameters_that_settings_leave_out_have_their_defaults() {

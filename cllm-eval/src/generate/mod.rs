@@ -105,7 +105,7 @@ pub struct Generation {
 pub struct GeneratedAnswer {
     /// Name of the strategy.
     pub name: String,
-    /// 1 for `ar`.
+    /// Size of the strategy's window; 1 for `ar`.
     pub max_tokens_per_forward: usize,
     pub text: String,
     pub response_ids: Vec<i32>,

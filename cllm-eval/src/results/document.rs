@@ -67,12 +67,12 @@ pub struct ModelResults {
 /// Figures of a model with a strategy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StrategyResults {
-    /// `ar`, `jacobi`, `rolling`, `multiblock`, `drafted` or `lookahead`.
+    /// `ar`, `jacobi`, `rolling`, `multiblock`, `lookahead`, `drafted` or `gated`.
     pub name: String,
     /// The strategy with its settings, such as `rolling n=16`.
     pub label: String,
     pub strategy: Strategy,
-    /// 1 for `ar`.
+    /// Size of the strategy's window; 1 for `ar`.
     pub max_tokens_per_forward: usize,
     /// Number of answers.
     pub examples: usize,

@@ -287,6 +287,7 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
         (&true.into(), &1.0.into())
     );
     assert!(strategies(1)[0]["speedup_vs_teacher_ar"].as_f64().is_some_and(|speedup| speedup > 0.0), "{results}");
+    assert_eq!(strategies(1)[0]["max_tokens_per_forward"], 4);
     // Adapters of another model than the teacher: what that decodes without them is measured too.
     model(&dir.path().join("other"), 4);
     let beside = run(&["teacher=other", "student=adapter", "output=beside"]);
@@ -303,7 +304,9 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
     assert!(card.contains("Do not merge them") && !card.contains("custom_generate"), "{card}");
     let generate = ["generate", "--json", "--model", "adapter", "--n", "4", "--max-new-tokens", "6", "one plus two"];
     let generation: Value = serde_json::from_slice(&run_verb(&generate)).unwrap();
-    assert_eq!((&generation["strategies"][1]["name"], &generation["equal"]), (&"gated".into(), &true.into()));
+    let gated = &generation["strategies"][1];
+    assert_eq!((&gated["name"], &generation["equal"]), (&"gated".into(), &true.into()));
+    assert_eq!(gated["max_tokens_per_forward"], 4);
 }
 
 #[test]
