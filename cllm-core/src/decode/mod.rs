@@ -41,7 +41,7 @@ pub use request::{
     Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
 };
 pub use sampling::Sampling;
-pub use strategy::{NO_DRAFT_ADAPTERS, Strategy};
+pub use strategy::{MAX_GATED_TOKENS, NO_DRAFT_ADAPTERS, Strategy};
 pub use width::Width;
 
 #[cfg(test)]

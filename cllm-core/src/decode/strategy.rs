@@ -153,7 +153,7 @@ fn rolling_tokens(n: Width, tree: usize, max_tokens: usize) -> usize {
 /// Maximum length of a window whose tokens are in order.
 const MAX_WINDOW_TOKENS: usize = 1024;
 /// Maximum length of a window that a forward has twice.
-const MAX_GATED_TOKENS: usize = MAX_TREE_TOKENS / 2;
+pub const MAX_GATED_TOKENS: usize = MAX_TREE_TOKENS / 2;
 const MAX_POOL_DRAFTS: usize = 1024;
 
 impl Strategy {

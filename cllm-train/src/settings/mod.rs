@@ -10,6 +10,7 @@ mod validation;
 use std::path::{Path, PathBuf};
 
 use cllm_core::chat_template::RenderSettings;
+use cllm_core::decode::{MAX_GATED_TOKENS, Strategy};
 use cllm_core::model::{AdaptedTokens, LoraConfig, ModelConfig};
 use cllm_core::settings::required_path;
 use cllm_core::{Error, Result};
@@ -243,14 +244,21 @@ impl Settings {
         )))
     }
 
+    /// How validation answers its prompts.
+    pub fn probe_strategy(&self) -> Strategy {
+        let n = self.validation.n;
+        if self.adapts_drafts() { Strategy::gated(n) } else { Strategy::Jacobi { n } }
+    }
+
     /// Checks what a run with adapters for draft tokens cannot have: losses of other tokens, which
-    /// the frozen model computes.
+    /// the frozen model computes, and what has no effect on those of the draft tokens.
     fn check_draft_adapters(&self) -> Result<()> {
-        let ConsistencySettings { ar_weight, anchor_weight, .. } = self.consistency;
+        let usage = |message: String| Err(Error::usage(message));
+        let ConsistencySettings { ar_weight, anchor_weight, global_weight, local_weight, .. } = self.consistency;
         if self.objective != Objective::Consistency {
-            return Err(Error::usage(
-                "lora.on=drafts needs objective=consistency: other objectives have no draft tokens",
-            ));
+            return usage(
+                "lora.on=drafts needs objective=consistency: other objectives have no draft tokens".to_owned(),
+            );
         }
         let weights = [("ar_weight", ar_weight), ("anchor_weight", anchor_weight)];
         let unused: Vec<String> = weights
@@ -258,13 +266,52 @@ impl Settings {
             .filter(|&(_, weight)| weight != 0.0)
             .map(|(name, _)| format!("consistency.{name}=0"))
             .collect();
-        if unused.is_empty() {
-            return Ok(());
+        if !unused.is_empty() {
+            return usage(format!(
+                "lora.on=drafts leaves the model's answers as they are, so it needs no loss that teaches or keeps them: add {}",
+                unused.join(" ")
+            ));
         }
-        Err(Error::usage(format!(
-            "lora.on=drafts leaves the model's answers as they are, so it needs no loss that teaches or keeps them: add {}",
-            unused.join(" ")
-        )))
+        if global_weight == 0.0 && local_weight == 0.0 {
+            return usage(
+                "consistency.global_weight and consistency.local_weight are both 0, and lora.on=drafts has no other loss: \
+                 nothing would be trained"
+                    .to_owned(),
+            );
+        }
+        self.check_draft_context()?;
+        let n = self.validation.n;
+        if n > MAX_GATED_TOKENS {
+            return usage(format!(
+                "validation.n={n} is too large with lora.on=drafts, because a forward has each token of a window twice: \
+                 set it from 2 to {MAX_GATED_TOKENS}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks that adapters for draft tokens are trained on what they read when they decode, and by
+    /// nothing but the model that they belong to.
+    fn check_draft_context(&self) -> Result<()> {
+        let ConsistencySettings { anchor, labels, context, .. } = &self.consistency;
+        if anchor.is_some() {
+            return Err(Error::usage(
+                "consistency.anchor has no effect with lora.on=drafts, whose targets are those of `model`: set it to null",
+            ));
+        }
+        if *labels == LabelSource::Dataset {
+            return Err(Error::usage(
+                "consistency.labels=dataset has no effect with lora.on=drafts, which has no autoregressive loss: set it to \
+                 teacher",
+            ));
+        }
+        if *context == BlockContext::NoisyWindow {
+            return Err(Error::usage(
+                "consistency.context=noisy_window does not go with lora.on=drafts, because `gated` decodes every window \
+                 after accepted tokens alone: set it to clean",
+            ));
+        }
+        Ok(())
     }
 
     /// Checks the rules that involve more than one key.

@@ -31,7 +31,8 @@ pub struct ValidationSettings {
     /// Stop after N validations in a row without a new best checkpoint; `null` never stops early.
     #[garde(range(min = 1))]
     pub patience: Option<usize>,
-    /// Block size of Jacobi decoding, in tokens.
+    /// Tokens of a block of Jacobi decoding or, with `lora.on: drafts`, of a window of `gated`, which
+    /// has at most 32.
     #[garde(range(min = 2, max = 1024))]
     pub n: usize,
     /// Maximum length of an answer, in tokens.

@@ -3,9 +3,7 @@
 use std::path::PathBuf;
 
 use cllm_core::Result;
-use cllm_core::decode::{
-    Answer, DecodeOptions, Request, StopConditions, Strategy, check_fits_context, decode, required_slots,
-};
+use cllm_core::decode::{Answer, DecodeOptions, Request, StopConditions, check_fits_context, decode, required_slots};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{ScoreContext, Task, Verdict};
@@ -73,10 +71,7 @@ impl<'t> GenerationProbe<'t> {
                 .map_err(|error| error.in_file(path))?;
             requests.push(request);
         }
-        let strategy =
-            if settings.adapts_drafts() { Strategy::gated(validation.n) } else { Strategy::Jacobi { n: validation.n } };
-        strategy.check()?;
-        let options = DecodeOptions::greedy(strategy, settings.seed);
+        let options = DecodeOptions::greedy(settings.probe_strategy(), settings.seed);
         let thought_tokens = ThoughtTokens::find(tokenizer)?;
         let data = validation.data.clone();
         Ok(Some(GenerationProbe { tokenizer, thought_tokens, samples, requests, stop, options, data }))

@@ -217,9 +217,6 @@ fn bad_settings_are_named() {
         let key = assignment.split('=').next().unwrap();
         TRAIN.fail(&["validate", "model=x", "datasets=[x]", "output=x", assignment], 2, &[key, message]);
     }
-    let drafts = ["validate", "model=x", "datasets=[x]", "output=x", "lora.on=drafts"];
-    TRAIN.fail(&[&drafts[..], &["consistency.anchor_weight=1"]].concat(), 2, &["add consistency.anchor_weight=0"]);
-    TRAIN.fail(&[&drafts[..], &["objective=sft"]].concat(), 2, &["lora.on=drafts needs objective=consistency"]);
     let with_bf16_state =
         ["validate", "model=x", "datasets=[x]", "output=x", "lora.rank=4", "optimizer.state_dtype=bfloat16"];
     TRAIN.fail(&with_bf16_state, 2, &["optimizer.state_dtype must be float32 with lora"]);
@@ -228,4 +225,28 @@ fn bad_settings_are_named() {
     let output = TRAIN.succeed(&["validate", "model=x", "datasets=[x]", "output=x", "lora.targets=[v_proj, q_proj]"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("lora:\n  rank: 16\n  alpha: 32.0\n  targets:\n"), "{text}");
+}
+
+#[test]
+fn settings_without_effect_on_draft_tokens_are_refused_with_adapters_for_these_alone() {
+    let whole = ["validate", "model=x", "datasets=[x]", "output=x", "consistency.anchor_weight=0"];
+    let drafts = [&whole[..], &["lora.on=drafts"]].concat();
+    for (assignment, message) in [
+        ("consistency.anchor_weight=1", "add consistency.anchor_weight=0"),
+        ("objective=sft", "lora.on=drafts needs objective=consistency"),
+        ("consistency.global_weight=0", "consistency.global_weight and consistency.local_weight are both 0"),
+        ("consistency.anchor=y", "consistency.anchor has no effect with lora.on=drafts"),
+        ("consistency.labels=dataset", "consistency.labels=dataset has no effect with lora.on=drafts"),
+        ("consistency.context=noisy_window", "consistency.context=noisy_window does not go with lora.on=drafts"),
+        ("validation.n=33", "validation.n=33 is too large with lora.on=drafts"),
+    ] {
+        TRAIN.fail(&[&drafts[..], &[assignment]].concat(), 2, &[message]);
+    }
+    for assignment in ["consistency.anchor=null", "consistency.local_weight=1", "validation.n=32"] {
+        TRAIN.succeed(&[&drafts[..], &[assignment]].concat());
+    }
+    // Drafts of a model all of whose weights are trained have a frozen model, which the settings may name.
+    for assignment in ["consistency.anchor=y", "consistency.context=noisy_window", "validation.n=33"] {
+        TRAIN.succeed(&[&whole[..], &[assignment]].concat());
+    }
 }
