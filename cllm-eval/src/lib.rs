@@ -8,6 +8,7 @@ pub mod compare;
 pub mod config;
 pub mod detokenize;
 pub mod doctor;
+mod draft_adapters;
 pub mod eos_ids;
 pub mod fastchat;
 pub mod generate;

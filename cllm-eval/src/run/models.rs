@@ -5,13 +5,14 @@ use std::rc::Rc;
 
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
-use cllm_core::decode::{DecodeOptions, Decoder, NO_DRAFT_ADAPTERS, Strategy, required_slots};
+use cllm_core::decode::{DecodeOptions, Decoder, Strategy, required_slots};
 use cllm_core::model::Transformer;
-use cllm_core::{Error, Result, device, progress};
+use cllm_core::{Error, Result, device};
 use tch::Device;
 
 use super::prompts::Prompts;
 use crate::config::RunSettings;
+use crate::draft_adapters;
 use crate::records::ModelEntry;
 use crate::role::Role;
 
@@ -53,25 +54,15 @@ impl IdentifiedModel {
         Ok(real(&folder)? == real(&base.folder)? || checkpoint::fingerprint(&folder)? == base.entry.fingerprint)
     }
 
-    /// Checks that adapters for draft tokens are there if a strategy needs them, and says so if no
-    /// strategy uses those that are.
+    /// As [`draft_adapters::check`], for a student.
     ///
     /// # Errors
-    /// [`Error::File`] for a student without them.
+    /// As there.
     pub(super) fn check_adapters(&self, strategies: &[Strategy]) -> Result<()> {
-        if self.role != Role::Student {
-            return Ok(());
+        match self.role {
+            Role::Student => draft_adapters::check(&self.folder, strategies, "strategies=[ar, {gated: {n: 16}}]"),
+            Role::Teacher => Ok(()),
         }
-        let are_needed = strategies.iter().any(|strategy| strategy.needs_draft_adapters());
-        match (checkpoint::adapts_drafts(&self.folder)?, are_needed) {
-            (false, true) => return Err(Error::file(&self.folder, NO_DRAFT_ADAPTERS)),
-            (true, false) => progress::log(format!(
-                "{}: no strategy uses its adapters for draft tokens; add one, such as strategies=[ar, {{gated: {{n: 16}}}}]",
-                self.folder.display()
-            )),
-            _ => {}
-        }
-        Ok(())
     }
 }
 

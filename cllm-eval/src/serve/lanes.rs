@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cllm_core::chat_template::{self, Message};
 use cllm_core::checkpoint::{self, hub};
-use cllm_core::decode::{LiveRows, NO_DRAFT_ADAPTERS, Strategy};
+use cllm_core::decode::{LiveRows, Strategy};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::thought::ThoughtLimit;
@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use super::engine::LaneModel;
 use super::models::ServedModel;
 use super::settings::ServeSettings;
-use crate::eos_ids;
+use crate::{draft_adapters, eos_ids};
 
 /// The context of a server whose settings do not say it, if the model's is not shorter.
 const DEFAULT_CONTEXT: usize = 2048;
@@ -99,14 +99,11 @@ pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
 
 /// The strategy of the settings, or the one that suits the model.
 fn strategy(settings: &ServeSettings, source: &Source) -> Result<Strategy> {
-    let adapts_drafts = checkpoint::adapts_drafts(&source.folder)?;
-    match settings.strategy {
-        None => Ok(Strategy::suitable(16, adapts_drafts)),
-        Some(strategy) if strategy.needs_draft_adapters() && !adapts_drafts => {
-            Err(Error::file(&source.folder, NO_DRAFT_ADAPTERS))
-        }
-        Some(strategy) => Ok(strategy),
-    }
+    let Some(strategy) = settings.strategy else {
+        return Ok(Strategy::suitable(16, checkpoint::adapts_drafts(&source.folder)?));
+    };
+    draft_adapters::check(&source.folder, &[strategy], "strategy={gated: {n: 16}}")?;
+    Ok(strategy)
 }
 
 /// A quarter of as many rows as sequences keep the beginnings of prompts.

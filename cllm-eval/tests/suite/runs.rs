@@ -268,7 +268,7 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
     model(&base, 3);
     draft_adapters(&adapter, &base);
     let run = |models: &[&str]| {
-        let fixed = ["run", "--quiet", "--json", "num_problems=2", "max_new_tokens=6", "num_speed_examples=1"];
+        let fixed = ["run", "--json", "num_problems=2", "max_new_tokens=6", "num_speed_examples=1"];
         let others = ["strategies=[ar, {gated: {n: 4}}]", "device=cpu", "output=out"];
         program().current_dir(dir.path()).args(fixed).args(others).args(models).output().unwrap()
     };
@@ -294,6 +294,18 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
     let beside: Value = serde_json::from_slice(&beside.stdout).unwrap();
     assert_eq!(beside["models"][1]["strategies"].as_array().map(Vec::len), Some(2));
     assert_eq!(beside["models"][1].get("adapts_teacher"), None);
+    for (output, strategies, note) in [
+        (
+            "output=rolling",
+            "[ar, {rolling: {n: 4}}]",
+            "no strategy uses its adapters for draft tokens; set strategies=",
+        ),
+        ("output=drafted", "[ar, {gated: {n: 4}}, {drafted: {n: 4}}]", "`drafted n=4` does not use its adapters for"),
+    ] {
+        let noted = run(&["teacher=base", "student=adapter", output, &format!("strategies={strategies}")]);
+        let said = String::from_utf8_lossy(&noted.stderr).into_owned();
+        assert!(noted.status.success() && said.contains(note), "{said}");
+    }
     let run_verb = |arguments: &[&str]| {
         let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -6,7 +6,7 @@ use std::path::Path;
 use cllm_testing::programs::{Program, path};
 use serde_json::{Value, json};
 
-use crate::made_up::thinking_model;
+use crate::made_up::{draft_adapters, thinking_model};
 use crate::server::{Server, TEACHER, post_head, read_response, streamed_text};
 
 const QUESTION: &str = "Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?";
@@ -395,6 +395,50 @@ fn a_teacher_is_served_beside_the_model_that_drafts_for_it() {
         let answer = server.chat(QUESTION, json!({ "max_tokens": 100, "model": model })).json();
         assert_eq!(&answer["choices"][0]["message"]["content"], expected);
         assert!(tokens_per_forward.contains(&answer["usage"]["tokens_per_forward"].as_f64().unwrap()), "{answer}");
+    }
+}
+
+#[test]
+fn a_model_with_adapters_for_drafts_is_served_with_them_and_says_so_if_it_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = dir.path().join("adapter");
+    draft_adapters(&adapter, Path::new(TEACHER));
+    let model = format!("model={}", adapter.display());
+    let server = Server::start(&[&model, "batch_size=2"]);
+    assert_eq!(server.get("/v1/models").json()["data"][0]["strategy"], "gated n=16");
+    let expected = &generated(&["--max-new-tokens", "100"])["strategies"][0];
+    let options = || json!({ "max_tokens": 100 });
+    // Alone, and beside another answer.
+    let alone = server.chat(QUESTION, options()).json();
+    let together = std::thread::scope(|scope| {
+        let server = &server;
+        let ask = |question| scope.spawn(move || server.chat(question, options()).json());
+        let [other, again] = ["How many cards are 2 packs of 7 cards?", QUESTION].map(ask);
+        other.join().unwrap();
+        again.join().unwrap()
+    });
+    for answer in [alone, together] {
+        assert_eq!(answer["choices"][0]["message"]["content"], expected["text"], "{answer}");
+        assert_eq!(answer["usage"]["completion_tokens"], expected["tokens"], "{answer}");
+    }
+    let events = server.chat(QUESTION, json!({ "max_tokens": 100, "stream": true })).events();
+    assert_eq!(json!(streamed_text(&events, 0)), expected["text"]);
+    // A prompt of which most is cached already.
+    let complete = |model: &str| {
+        let body = json!({ "model": model, "prompt": "Mia has 3 cards. ".repeat(8), "max_tokens": 20 });
+        server.complete(body).json()
+    };
+    let name = adapter.display().to_string();
+    let [first, again, ar] = [&name, &name, &format!("{name}:ar")].map(|model| complete(model));
+    assert_eq!([&again["choices"][0]["text"], &ar["choices"][0]["text"]], [&first["choices"][0]["text"]; 2]);
+    assert!(again["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 32, "{again}");
+
+    let teacher = format!("teacher={TEACHER}");
+    for settings in [&["strategy=ar"][..], &["strategy={drafted: {n: 4}}", &teacher[..]]] {
+        let server = Server::start(&[&[&model[..]][..], settings].concat());
+        server.signal("TERM");
+        let (_, said) = server.wait();
+        assert!(said.contains("no strategy uses its adapters for draft tokens"), "{said}");
     }
 }
 
