@@ -1,7 +1,6 @@
 //! The timings of one model.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use cllm_core::cuda::libtorch;
@@ -24,8 +23,6 @@ use super::settings::{BenchSettings, GatedBenchSettings};
 /// Number of warm-up repetitions: the first steps of each size are captured as CUDA graphs.
 const NUM_WARM_UPS: usize = 2;
 const NUM_COPIES: usize = 10;
-/// Numbers of tokens that windows of strategy `gated` may have.
-const GATED_WINDOWS: RangeInclusive<usize> = 2..=32;
 
 pub(super) struct Bench<'m> {
     pub(super) model: &'m Transformer,
@@ -89,10 +86,9 @@ impl Bench<'_> {
         let mut adapted = self.model.without_adapters();
         adapted.add_adapters_for_decoding(&lora, 0);
         let bench = Bench { model: &adapted, ..*self };
-        let sizes = self.settings.step_tokens.iter().filter(|n| GATED_WINDOWS.contains(n));
         let mut gated_step_ms = BTreeMap::new();
         let peak = self.peak_memory_of(|| {
-            for &n in sizes {
+            for n in self.settings.gated_windows() {
                 let strategy = Strategy::gated(n);
                 let (ms, _) = bench.time_step(&mut bench.step_decoder(strategy, 1)?, 1, strategy)?;
                 gated_step_ms.insert(n, ms);

@@ -33,6 +33,7 @@ pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     let mut settings = settings.clone();
     settings.rendering.date.get_or_insert_with(today);
     let settings = &settings;
+    settings.check_gated_windows()?;
     let device = device::parse(&settings.device)?;
     let other_memory_bytes = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
     let (model, name, tokenizer) = load_model(settings, device)?;
@@ -56,6 +57,9 @@ fn load_model(settings: &BenchSettings, device: Device) -> Result<(Transformer, 
     match (&settings.model, settings.shape) {
         (Some(model), None) => {
             let folder = hub::locate(model)?;
+            if settings.gated.is_some() {
+                refuse_adapters(&folder)?;
+            }
             let rendering = settings.rendering.resolve(today())?;
             let name = folder.file_name().map_or(model.clone(), |name| name.to_string_lossy().into_owned());
             Ok((checkpoint::load(&folder, device, dtype)?, name, Some(Tokenizer::load_for(&folder, &rendering)?)))
@@ -66,6 +70,20 @@ fn load_model(settings: &BenchSettings, device: Device) -> Result<(Transformer, 
         }
         _ => Err(Error::usage("set either `model` (a folder or id) or `shape` (such as qwen3-8b)")),
     }
+}
+
+/// Adapters beside the random ones of `gated` would be in memory while these are measured, and while
+/// steps without any are.
+fn refuse_adapters(folder: &Path) -> Result<()> {
+    if !checkpoint::adapts_drafts(folder)? {
+        return Ok(());
+    }
+    let base = checkpoint::base_folder(folder)?;
+    let message = format!(
+        "has adapters for draft tokens, and `gated` measures random ones: set model={}, or leave `gated` out",
+        base.display()
+    );
+    Err(Error::file(folder, message))
 }
 
 fn load_prompts(settings: &BenchSettings, tokenizer: Option<Tokenizer>) -> Result<Option<(Vec<Sample>, Tokenizer)>> {

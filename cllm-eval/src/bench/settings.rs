@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use cllm_core::chat_template::RenderSettings;
-use cllm_core::decode::Strategy;
+use cllm_core::decode::{MAX_GATED_TOKENS, Strategy};
 use cllm_core::model::{LoraTarget, ModelShape};
-use cllm_core::settings;
+use cllm_core::{Error, Result, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,8 @@ pub struct BenchSettings {
     /// tokens.
     #[garde(inner(range(min = 1, max = 1024)))]
     pub batch_step_tokens: Vec<usize>,
-    /// Also time steps of strategy `gated`, with random adapters for draft tokens.
+    /// Also time steps of strategy `gated`, with random adapters for draft tokens, and a window of each
+    /// of `step_tokens` from 2 to 32.
     #[garde(dive)]
     pub gated: Option<GatedBenchSettings>,
     /// Measure a collection over all prompts with these batch sizes.
@@ -131,6 +132,35 @@ impl Default for BenchSettings {
 }
 
 impl BenchSettings {
+    /// The windows to time steps of strategy `gated` with: those of `step_tokens` that it may have.
+    pub(super) fn gated_windows(&self) -> impl Iterator<Item = usize> + '_ {
+        self.step_tokens.iter().copied().filter(|n| (2..=MAX_GATED_TOKENS).contains(n))
+    }
+
+    /// Says which steps strategy `gated` leaves out, if it is timed.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if it leaves out all of them.
+    pub(super) fn check_gated_windows(&self) -> Result<()> {
+        if self.gated.is_none() {
+            return Ok(());
+        }
+        if self.gated_windows().next().is_none() {
+            return Err(Error::usage(format!(
+                "gated times windows of 2 to {MAX_GATED_TOKENS} tokens, and step_tokens has none: add one, such as 16"
+            )));
+        }
+        let too_large: Vec<String> =
+            self.step_tokens.iter().filter(|&&n| n > MAX_GATED_TOKENS).map(usize::to_string).collect();
+        if !too_large.is_empty() {
+            progress::log(format!(
+                "gated: windows have at most {MAX_GATED_TOKENS} tokens, so it has no steps of {}",
+                too_large.join(", ")
+            ));
+        }
+        Ok(())
+    }
+
     /// The reference of the settings, in Markdown.
     pub fn reference() -> String {
         settings::reference::<BenchSettings>("cllm-eval bench")

@@ -5,7 +5,7 @@ use std::path::Path;
 use cllm_eval::bench::DecodeBenchResults;
 use serde_json::{Value, json};
 
-use crate::made_up::model;
+use crate::made_up::{draft_adapters, model};
 use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
@@ -92,6 +92,21 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
 }
 
 #[test]
+fn steps_that_are_no_windows_of_gated_are_left_out_aloud() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = format!("output={}", path(dir.path(), "bench.json"));
+    let more = ["shape=qwen3-tiny", "gated={rank: 4}", "step_tokens=[1, 2, 4, 48, 64]", &output];
+    let run = EVAL.succeed(&[BENCH, &more].concat());
+    let said = run.stderr;
+    assert!(said.contains("gated: windows have at most 32 tokens, so it has no steps of 48, 64"), "{said}");
+    let results: Value = serde_json::from_slice(&std::fs::read(dir.path().join("bench.json")).unwrap()).unwrap();
+    let keys = |steps: &Value| steps.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    let model = &results["models"][0];
+    assert_eq!(keys(&model["gated"]["gated_step_ms"]), ["2", "4"]);
+    assert_eq!(keys(&model["step_ms"]), ["1", "2", "4", "48", "64"]);
+}
+
+#[test]
 fn a_collection_of_a_shape_needs_no_prompts() {
     let dir = tempfile::tempdir().unwrap();
     let results = bench(dir.path(), &["shape=qwen3-tiny", "collect_batch_sizes=[3]", "collect_n=4"]);
@@ -132,6 +147,11 @@ fn contradictory_settings_and_files_of_other_machines_are_refused() {
     refused(&[&one, "shape=smollm2-135m"], "`shape`");
     refused(&["shape=smollm2-135m", "prompts=x.jsonl"], "prompts");
     refused(&[&one, "step_tokens=[0]"], "step_tokens");
+    let gated = "gated={rank: 4}";
+    refused(&[&one, gated, "step_tokens=[1, 33]"], "step_tokens has none");
+    draft_adapters(&dir.path().join("adapted"), &dir.path().join("one"));
+    let adapted = format!("model={}", path(dir.path(), "adapted"));
+    refused(&[&adapted, gated], "`gated` measures random ones: set model=");
     let other = path(dir.path(), "other.json");
     std::fs::write(&other, r#"{"engine": "vllm", "ar_tokens_per_second": 1}"#).unwrap();
     refused(&[&one, &format!("baseline={other}")], "is a measurement of vllm, not of transformers");
