@@ -2,7 +2,7 @@
 //! projection there are two small matrices, A `[rank, in]` and B `[out, rank]`, and the output
 //! becomes x Wᵀ + alpha / rank · (x Aᵀ) Bᵀ.
 //!
-//! A model with adapters is used like any other: every forward includes them, and
+//! A model with adapters for all tokens is used like any other: every forward includes them, and
 //! `checkpoint::save` writes the merged weights. They cost two small products for each projection,
 //! and the CUDA kernels of decoding do not know them. For decoding, a merged copy is therefore made
 //! first (`Transformer::to_merged`): its changed weights are computed in float32 into a buffer of
@@ -11,6 +11,7 @@
 //!
 //! Adapters for draft tokens (`AdaptedTokens::Drafts`) are the exception: a forward includes them for
 //! the tokens that it names as drafts alone, and they are neither merged nor saved with the weights.
+//! The CUDA kernels of decoding multiply with them.
 
 use std::collections::BTreeSet;
 

@@ -21,7 +21,8 @@ pub enum BaseDtype {
     Model,
     /// The projections of all layers in int8, with a scale for each row; the other weights as in
     /// the model. Halves the memory of the weights, and the adapters are trained on slightly other
-    /// weights than those that they are merged into.
+    /// weights than those that they are merged into. With `on: drafts`, nothing is merged: keys, values
+    /// and targets are the quantized model's in training, and the original's in decoding.
     Int8,
 }
 

@@ -37,8 +37,8 @@ pub struct Backward<'g> {
 }
 
 /// The sum of each loss over the tokens of a batch, as float32 scalars on the device. The anchor
-/// loss needs the frozen model `anchor`, and so do frozen targets of the global loss. With `backward`, gradients are added to those of the
-/// model.
+/// loss needs the frozen model `anchor`, and so do frozen targets of the global loss. With `backward`,
+/// gradients are added to those of the model.
 ///
 /// # Errors
 /// [`cllm_core::Error::Torch`], for example when memory runs out.

@@ -53,8 +53,8 @@ struct Residual {
 }
 
 impl<'m> CudaModel<'m> {
-    /// Returns `None` for models that the kernels do not support, such as those with adapters that
-    /// are not merged.
+    /// Returns `None` for models that the kernels do not support, such as those with adapters for all
+    /// tokens that are not merged.
     ///
     /// With `whole_device`, kernels may occupy all multiprocessors and wait for their own blocks.
     /// Two such kernels at a time could each keep the other's blocks out and wait for ever, so of
