@@ -1,6 +1,8 @@
 //! The engine: a model, a KV cache for a number of sequences, and the three ways to ask it for
 //! answers.
 
+use std::collections::BTreeMap;
+
 use super::backend::Backend;
 use super::backend::cuda_graph::CudaGraphBackend;
 use super::backend::eager::EagerBackend;
@@ -20,7 +22,9 @@ use crate::{Error, Result};
 pub struct Decoder<'m> {
     model: Box<dyn Backend + 'm>,
     draft_model: Option<Box<dyn Backend + 'm>>,
-    chooser: WindowChooser,
+    /// By the name of the strategy. Drafts of another strategy are accepted at other rates, and forwards
+    /// of as many tokens take another time.
+    choosers: BTreeMap<&'static str, WindowChooser>,
     limits: CacheLimits,
     vocab_size: i64,
     adapts_drafts: bool,
@@ -46,7 +50,7 @@ impl<'m> Decoder<'m> {
         Ok(Decoder {
             model: new_backend(model, max_sequences, capacity, true)?,
             draft_model: None,
-            chooser: WindowChooser::default(),
+            choosers: BTreeMap::new(),
             limits: CacheLimits { max_sequences, capacity, max_positions: config.max_positions },
             vocab_size: config.vocab_size,
             adapts_drafts: model.adapts_drafts(),
@@ -170,7 +174,7 @@ impl<'m> Decoder<'m> {
 
     /// The backend for a strategy, and what else a scheduler needs.
     fn parts(&mut self, strategy: Strategy) -> Result<(Box<dyn Backend + '_>, &mut WindowChooser, &CacheLimits)> {
-        let Decoder { model, draft_model, chooser, limits, adapts_drafts, .. } = self;
+        let Decoder { model, draft_model, choosers, limits, adapts_drafts, .. } = self;
         let model = model.as_mut();
         let backend: Box<dyn Backend + '_> = match (strategy, draft_model) {
             (Strategy::Drafted { .. }, Some(draft_model)) => {
@@ -185,7 +189,7 @@ impl<'m> Decoder<'m> {
             }
             _ => Box::new(model),
         };
-        Ok((backend, chooser, limits))
+        Ok((backend, choosers.entry(strategy.name()).or_default(), limits))
     }
 }
 
@@ -261,4 +265,42 @@ pub fn decode(
     let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
     let capacity = required_slots(longest, stop, options.strategy);
     Decoder::new(model, requests.len(), capacity)?.answer(requests, stop, options, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::decode::Width;
+    use crate::model::{AdaptedTokens, LoraConfig, ModelConfig};
+
+    #[test]
+    fn a_strategy_does_not_learn_from_the_forwards_of_another() {
+        let config = ModelConfig::from_json(&json!({
+            "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        }));
+        let mut model = Transformer::random(config.unwrap(), 7, Device::Cpu, Kind::Float);
+        model.add_adapters(&LoraConfig { on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 7);
+        let stop = StopConditions::new(100, Vec::new());
+        let mut decoder = Decoder::new(&model, 1, required_slots(3, &stop, Strategy::auto(0))).unwrap();
+        let decode = |decoder: &mut Decoder<'_>, strategy| {
+            let request = Request { sample_id: "a".to_owned(), prompt_ids: vec![3, 1, 4] };
+            decoder.answer(&[request], &stop, DecodeOptions::greedy(strategy, 0), None).unwrap();
+        };
+        let rates =
+            |decoder: &mut Decoder<'_>, strategy: Strategy| decoder.parts(strategy).unwrap().1.history.survival(3, 0.0);
+        let (rolling, gated) = (Strategy::auto(0), Strategy::Gated { n: Width::Auto, tree: 0 });
+        let before = rates(&mut decoder, rolling);
+        decode(&mut decoder, rolling);
+        let of_rolling = rates(&mut decoder, rolling);
+        assert_ne!(of_rolling, before);
+        assert_eq!(rates(&mut decoder, Strategy::auto(16)), of_rolling, "windows of the same kind");
+        assert_eq!(rates(&mut decoder, gated), before);
+        decode(&mut decoder, gated);
+        assert_ne!(rates(&mut decoder, gated), before);
+        assert_eq!(rates(&mut decoder, rolling), of_rolling);
+    }
 }

@@ -15,7 +15,7 @@ use super::tree::MAX_TREE_TOKENS;
 pub(super) use history::{AcceptanceHistory, Outcome};
 use prices::StepPrices;
 
-/// What a decoder has learnt about its model and its machine. The choice never changes an answer,
+/// What a decoder has learnt about a strategy, its model and its machine. The choice never changes an answer,
 /// only the number of forwards that it takes; since it depends on measured times, that number may
 /// differ between runs.
 #[derive(Default)]
