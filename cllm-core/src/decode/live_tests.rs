@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::prefix_cache::{BLOCK_TOKENS, PrefixCache};
 use super::request::Job;
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
-use super::tests::{MockBackend, stop, strategies};
+use super::tests::{MockBackend, backend_for, stop, strategies};
 use super::window_chooser::WindowChooser;
 use super::{Answer, DecodeOptions, Request, Strategy};
 
@@ -40,7 +40,12 @@ impl<'c> Live<'c> {
         self.prompts.push(prompt_ids.clone());
         let request = Request { sample_id: "a".to_owned(), prompt_ids };
         let job = Job { request, stop: stop(), options: DecodeOptions::greedy(self.strategy, 1) };
-        self.num_cached += self.scheduler.join(job, &mut self.backend).unwrap();
+        let mut backend = backend_for(self.strategy, &mut self.backend);
+        self.num_cached += self.scheduler.join(job, backend.as_mut()).unwrap();
+    }
+
+    fn leave(&mut self, index: usize) {
+        self.scheduler.leave(index, backend_for(self.strategy, &mut self.backend).as_mut()).unwrap();
     }
 
     fn step(&mut self) -> bool {
@@ -51,7 +56,7 @@ impl<'c> Live<'c> {
         let mut on_tokens =
             |index: usize, tokens: &[i32]| self.streamed.entry(index).or_default().extend_from_slice(tokens);
         let mut events = Events { on_tokens: &mut on_tokens, on_finished: &mut on_finished };
-        self.scheduler.step(&mut self.backend, &mut events).unwrap()
+        self.scheduler.step(backend_for(self.strategy, &mut self.backend).as_mut(), &mut events).unwrap()
     }
 }
 
@@ -83,7 +88,7 @@ fn requests_that_come_and_go_have_the_answers_that_they_have_alone() {
             }
             if random.random_bool(0.05) && !live.prompts.is_empty() {
                 let index = random.random_range(0..live.prompts.len());
-                live.scheduler.leave(index, &mut live.backend).unwrap();
+                live.leave(index);
                 left.push(index);
             }
             live.step();

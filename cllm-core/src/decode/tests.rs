@@ -1,5 +1,6 @@
 //! Tests of the scheduler, sequences and proposers on a mock backend: exact, without weights.
 
+use super::backend::gated::GatedBackend;
 use super::backend::speculative::SpeculativeBackend;
 use super::backend::{Backend, Outputs, Predictions, PromptChunk, Window};
 use super::request::Job;
@@ -16,7 +17,7 @@ use crate::trajectory::FinishReason;
 
 /// Predicts the next token by a fixed rule from the whole sequence so far, and checks that chunks
 /// and windows continue what is cached. A token of a window is predicted from the slots that it
-/// sees.
+/// sees; after one that is read with adapters, the candidates change places.
 pub(super) struct MockBackend {
     /// The token in each slot of each row.
     rows: Vec<Vec<i32>>,
@@ -77,6 +78,9 @@ impl Backend for MockBackend {
                 let runner_up = (self.runner_up)(&seen);
                 if runner_up != candidates[0].token {
                     candidates[1] = Candidate { token: runner_up, probability: 0.3 };
+                    if last >= window.first_adapted() {
+                        (candidates[0].token, candidates[1].token) = (candidates[1].token, candidates[0].token);
+                    }
                 }
                 candidates
             };
@@ -122,6 +126,11 @@ impl Backend for MockBackend {
     fn max_prompt_tokens(&self) -> usize {
         self.max_prompt_tokens
     }
+}
+
+/// The backend that decodes with a strategy.
+pub(super) fn backend_for(strategy: Strategy, model: &mut dyn Backend) -> Box<dyn Backend + '_> {
+    if strategy.needs_draft_adapters() { Box::new(GatedBackend::new(model)) } else { Box::new(model) }
 }
 
 /// Depends on the last token, and for a third of the tokens on all of them: blocks converge in
@@ -179,7 +188,8 @@ fn run(
     let mut events = Events { on_tokens, on_finished: &mut on_finished };
     let waiting = requests().into_iter().map(|request| Ok(Job { request, stop: stop.clone(), options }));
     let mut chooser = WindowChooser::default();
-    Scheduler::new(waiting, max_running, strategy, prefill, &mut chooser).run(backend, &mut events).unwrap();
+    let mut backend = backend_for(strategy, backend);
+    Scheduler::new(waiting, max_running, strategy, prefill, &mut chooser).run(backend.as_mut(), &mut events).unwrap();
     answers.into_iter().map(Option::unwrap).collect()
 }
 
@@ -203,7 +213,13 @@ pub(super) fn strategies() -> Vec<Strategy> {
     let trees = [(2, 3), (3, 20), (8, 64), (16, 17)];
     let trees = trees.map(|(n, tree)| Strategy::Rolling { n: Width::Fixed(n), tree, pool: 0 });
     let chosen = [0, 2, 16, 64].map(Strategy::auto);
-    [2, 3, 8, 16, 64].into_iter().flat_map(with_n).chain(lookahead).chain(trees).chain(chosen).collect()
+    let without_adapters = [2, 3, 8, 16, 64].into_iter().flat_map(with_n).chain(lookahead).chain(trees).chain(chosen);
+    without_adapters.chain(gated_strategies()).collect()
+}
+
+fn gated_strategies() -> impl Iterator<Item = Strategy> {
+    let trees = [(Width::Fixed(3), 20), (Width::Fixed(31), 32), (Width::Auto, 0), (Width::Auto, 16)];
+    [2, 3, 8, 32].map(Strategy::gated).into_iter().chain(trees.map(|(n, tree)| Strategy::Gated { n, tree }))
 }
 
 pub(super) fn stop() -> StopConditions {
@@ -486,7 +502,8 @@ fn answers_do_not_depend_on_the_batch_or_on_when_prompts_are_cached() {
         Strategy::multi_block(4),
     ];
     let branching = [Strategy::lookahead(), Strategy::Rolling { n: Width::Fixed(4), tree: 12, pool: 0 }];
-    for strategy in some.into_iter().chain(branching) {
+    let gated = gated_strategies().filter(|strategy| !strategy.has_chosen_width());
+    for strategy in some.into_iter().chain(branching).chain(gated) {
         let together = answers(strategy, &stop());
         let sizes = [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)];
         let policies = [PrefillPolicy::First, PrefillPolicy::Chunked];
