@@ -258,20 +258,16 @@ impl Strategy {
             Strategy::Ar => Box::new(Jacobi::new(1, prompt, record_trajectory, random)),
             Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt, record_trajectory, random)),
             Strategy::Rolling { n: Width::Fixed(n), tree: 0, pool } => Box::new(Rolling::new(n, pool, prompt, random)),
-            Strategy::Gated { n: Width::Fixed(n), tree: 0 } => Box::new(Rolling::new(n, 0, prompt, random)),
-            Strategy::Rolling { n, tree, .. } => {
-                let max_tokens = rolling_tokens(n, tree, MAX_TREE_TOKENS);
-                Box::new(LikeliestPaths::new(n, max_tokens, tree > 0, prompt, random))
+            Strategy::Gated { n: Width::Fixed(n), tree: 0 } | Strategy::Drafted { n } => {
+                Box::new(Rolling::new(n, 0, prompt, random))
             }
-            Strategy::Gated { n, tree } => {
-                let max_tokens = rolling_tokens(n, tree, MAX_GATED_TOKENS);
-                Box::new(LikeliestPaths::new(n, max_tokens, tree > 0, prompt, random))
+            Strategy::Rolling { n, tree, .. } | Strategy::Gated { n, tree } => {
+                Box::new(LikeliestPaths::new(n, self.max_window_tokens(), tree > 0, prompt, random))
             }
             Strategy::MultiBlock { n, blocks, ratio, pool } => {
                 let min_accepted = (ratio * n as f64).ceil() as usize;
                 Box::new(MultiBlock::new(n, blocks, min_accepted, pool, prompt, random))
             }
-            Strategy::Drafted { n } => Box::new(Rolling::new(n, 0, prompt, random)),
             Strategy::Lookahead { window, ngram, candidates } => {
                 Box::new(Lookahead::new(window, ngram, candidates, prompt, random))
             }
