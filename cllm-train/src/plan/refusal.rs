@@ -81,10 +81,12 @@ fn refusal(
 #[cfg(test)]
 mod tests {
     use cllm_core::capacity::HostMemory;
+    use cllm_core::model::{AdaptedTokens, LoraConfig, ModelShape};
     use serde_json::json;
     use tch::Kind;
 
     use super::*;
+    use crate::data::dataset::Block;
 
     const LARGE: u64 = 1 << 50;
 
@@ -153,5 +155,29 @@ mod tests {
             megabytes.partition_point(|&host_mb| refusal_in(&settings(), Kind::Float, &host(host_mb)).is_some());
         let ratio = enough as f64 / planned as f64;
         assert!((0.94..0.96).contains(&ratio), "{ratio}");
+    }
+
+    /// 16.4 GB of weights leave no room for a second copy, which only adapters for all tokens are
+    /// merged into.
+    #[test]
+    fn adapters_for_drafts_of_an_8b_model_validate_on_a_gpu_of_24_gb() {
+        let config = ModelConfig::from_json(&ModelShape::Qwen3_8B.json()).unwrap();
+        let block = |start: usize| Block { start, states: vec![vec![3; 16], vec![2; 16]], augmented: Vec::new() };
+        let example = Example {
+            blocks: (0..10).map(|index| block(16 * index)).collect(),
+            ..Example::labelled("a".to_owned(), vec![1; 400], vec![2; 160])
+        };
+        let examples = vec![example; 64];
+        let probe = ProbeSize { num_prompts: 32, num_prompt_tokens: 32 * 300, max_prompt_tokens: 400, slots: 688 };
+        let inputs =
+            RunInputs { probe: Some(probe), ..RunInputs::of_unknown_device(Kind::BFloat16, 1, &config, &examples) };
+        let refused = |on: AdaptedTokens| {
+            let lora = Some(LoraConfig { on, first_layer: 18, ..LoraConfig::default() });
+            let settings = Settings { lora, max_batch_tokens: 4096, ..settings() };
+            let available = certain(available(None, LARGE, LARGE), Some(24_000_000_000));
+            refusal(&inputs, &settings, &inputs.needs(&settings).unwrap(), &available).unwrap()
+        };
+        assert_eq!(refused(AdaptedTokens::Drafts), None);
+        assert!(refused(AdaptedTokens::All).is_some_and(|message| message.contains("device memory does not fit")));
     }
 }
