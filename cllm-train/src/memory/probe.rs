@@ -38,7 +38,7 @@ fn decodes_int8(settings: &Settings) -> bool {
 
 /// The largest forward of our kernels, in bfloat16.
 fn kernel_forward_bytes(config: &ModelConfig, settings: &Settings, probe: ProbeSize) -> f64 {
-    let num_window_tokens = probe.num_prompts * settings.probe_strategy().max_window_tokens();
+    let num_window_tokens = probe.num_prompts * settings.probe_strategy().max_forwarded_tokens();
     let forward_bytes = |num_tokens: usize| 2.0 * forward_width(config, true) * num_tokens as f64;
     // The logits of a slice of the vocabulary, in float32.
     let logits = 4.0 * (num_window_tokens * config.vocab_size as usize).min(MAX_LOGITS) as f64;
@@ -50,7 +50,7 @@ fn kernel_forward_bytes(config: &ModelConfig, settings: &Settings, probe: ProbeS
 fn eager_forward_bytes(workload: &Workload<'_>, probe: ProbeSize) -> f64 {
     let Workload { config, kind, settings, .. } = *workload;
     let element = kind.elt_size_in_bytes() as f64;
-    let num_window_tokens = probe.num_prompts * settings.probe_strategy().max_window_tokens();
+    let num_window_tokens = probe.num_prompts * settings.probe_strategy().max_forwarded_tokens();
     // Attention has a bias of each pair of tokens, twice and as a mask while it is made.
     let group = (config.num_heads / config.num_kv_heads) as usize;
     let (rows, width) = match probe.max_prompt_tokens {
