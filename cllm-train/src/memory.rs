@@ -347,10 +347,7 @@ mod tests {
     /// noisy tokens, and the largest batches of the runs had a few more.
     #[test]
     fn runs_with_adapters_for_drafts_needed_what_is_planned() {
-        let config = config(json!({
-            "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-            "num_attention_heads": 9, "num_key_value_heads": 3,
-        }));
+        let config = ModelConfig::from_json(&ModelShape::SmolLm2_135M.json()).unwrap();
         for (name, num_states, (prompt, response), measured) in [
             ("Spider", 3, (164, 32), 3_707_729_408.0),
             ("GSM8K", 2, (80, 96), 4_298_409_472.0),

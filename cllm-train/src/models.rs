@@ -123,15 +123,7 @@ pub fn load_tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
 
 fn locate_model(model: &str, settings: &Settings) -> Result<PathBuf> {
     let folder = hub::locate(model)?;
-    if checkpoint::adapts_drafts(&folder)? {
-        let base = checkpoint::base_folder(&folder)?;
-        let message = format!(
-            "holds adapters that act on draft tokens alone, which are not trained further: set model={}, the model that \
-             they belong to",
-            base.display()
-        );
-        return Err(Error::file(folder, message));
-    }
+    checkpoint::refuse_draft_adapters(&folder, "are not trained further")?;
     if settings.lora.is_some() && is_adapter(&folder) {
         let message =
             "is an adapter, and adapters cannot be stacked: merge it into its model with `cllm-train export` first";

@@ -20,7 +20,7 @@ use crate::model::{AdaptedTokens, BaseDtype, ModelConfig, ModelParams, Transform
 use crate::{Error, Result, atomic_file, text_file};
 
 pub use hub::is_adapter;
-pub use peft::{adapts_drafts, base_folder, save_adapter, save_adapter_with};
+pub use peft::{adapts_drafts, base_folder, refuse_draft_adapters, save_adapter, save_adapter_with};
 pub use safetensors::{find_weights, write_weights};
 pub use tensor_file::{StoredTensor, TensorFile, TensorSpec, read_tensors};
 pub use tensor_writer::{STREAMING_BYTES, TensorWriter, WritingThread};

@@ -81,6 +81,23 @@ pub fn adapts_drafts(folder: &Path) -> Result<bool> {
     Ok(is_adapter(folder) && read_config(&folder.join(ADAPTER_CONFIG_FILE))?.adapted_tokens == AdaptedTokens::Drafts)
 }
 
+/// Refuses adapters that act on draft tokens alone where only the model that they belong to can be
+/// used, and names it. `why` continues "alone, which".
+///
+/// # Errors
+/// [`Error::File`] for such adapters, and when adapter_config.json is invalid.
+pub fn refuse_draft_adapters(folder: &Path, why: &str) -> Result<()> {
+    if !adapts_drafts(folder)? {
+        return Ok(());
+    }
+    let base = base_folder(folder)?;
+    let message = format!(
+        "holds adapters that act on draft tokens alone, which {why}: set model={}, the model that they belong to",
+        base.display()
+    );
+    Err(Error::file(folder, message))
+}
+
 /// The files of a folder's adapter; none for a model without one.
 pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
     if is_adapter(folder) { vec![folder.join(ADAPTER_CONFIG_FILE), folder.join(WEIGHTS_FILE)] } else { Vec::new() }

@@ -30,15 +30,7 @@ impl Teacher {
     pub(super) fn load(settings: &Settings, rendering: &Rendering, process: Option<&ProcessEnv>) -> Result<Self> {
         let device = device::for_process(&settings.device, process)?;
         let folder = hub::locate(&settings.model)?;
-        if checkpoint::adapts_drafts(&folder)? {
-            let base = checkpoint::base_folder(&folder)?;
-            let message = format!(
-                "holds adapters that act on draft tokens alone, which no trajectory shows: set model={}, the model that \
-                 they belong to",
-                base.display()
-            );
-            return Err(Error::file(folder, message));
-        }
+        checkpoint::refuse_draft_adapters(&folder, "no trajectory shows")?;
         let tokenizer = Tokenizer::load_for(&folder, rendering)?.with_eos_ids(settings.eos_ids.as_deref());
         let thought_tokens = ThoughtTokens::find(&tokenizer)?;
         let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);

@@ -143,7 +143,7 @@ pub fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchS
     let vocab = config.vocab_size as f64;
     let in_attention = all * (2.0 * (qkv + queries) + 4.0 * heads);
     let of_tokens = 8.0 * hidden + 2.0 * normed + 4.0 * ffn;
-    let low_ranks = trained * 2.0 * low_rank_width(settings);
+    let low_ranks = trained * 2.0 * trained_products(config, settings).iter().map(|one| one.rank).sum::<f64>();
     let layer = LayerBytes {
         saved: in_attention + trained * of_tokens + low_ranks,
         input: all * 2.0 * hidden + low_ranks,
@@ -184,11 +184,6 @@ fn cuda_attention_backward(config: &ModelConfig, batch: BatchSize) -> f64 {
         // The gradients of the drafts are copied among those of all tokens, and back.
         true => of_all + trained * 2.0 * queries + in_kernels.max(trained * 2.0 * qkv) - freed,
     }
-}
-
-/// Rank of all adapters of a layer together.
-fn low_rank_width(settings: &Settings) -> f64 {
-    settings.lora.as_ref().map_or(0.0, |lora| lora.rank as f64 * lora.targets.len() as f64)
 }
 
 /// libtorch's operations, with b bytes per element. For each token a layer saves

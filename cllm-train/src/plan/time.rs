@@ -341,7 +341,6 @@ pub fn typical_gpu() -> &'static GpuModel {
 #[cfg(test)]
 mod tests {
     use cllm_core::model::{AdaptedTokens, LoraConfig, LoraTarget, ModelShape};
-    use serde_json::json;
 
     use super::*;
     use crate::data::dataset::Block;
@@ -399,10 +398,7 @@ mod tests {
     /// A step of SmolLM2-135M, and its packed tokens: examples of so many tokens of prompt and response,
     /// as many as fit into a batch.
     fn smollm2_step(settings: &Settings, (prompt, response): (usize, usize), max_tokens: usize) -> (StepWork, f64) {
-        let config = ModelConfig::from_json(&json!({
-            "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": true,
-        }));
+        let config = ModelConfig::from_json(&ModelShape::SmolLm2_135M.json());
         let block = |start: usize| Block { start, states: vec![vec![3; 16]; 4], augmented: Vec::new() };
         let example = Example {
             blocks: (0..response / 16).map(|index| block(16 * index)).collect(),
