@@ -162,7 +162,7 @@ pub(crate) struct Padding {
     num_rows: i64,
     /// Index in the padded rows of each packed token, int64 `[tokens]`.
     padded_index: Tensor,
-    /// Index among the packed tokens of each padded one, the first token for padding, int64
+    /// Index among the packed tokens of each padded one, the row's last token for padding, int64
     /// `[rows * width]`.
     packed_index: Tensor,
 }
@@ -173,12 +173,11 @@ impl Padding {
         if lengths.iter().all(|&length| length == width) {
             return None;
         }
-        let (mut padded_index, mut packed_index) = (Vec::new(), vec![0; lengths.len() * width]);
+        let (mut padded_index, mut packed_index) = (Vec::new(), Vec::new());
         for (row, &length) in lengths.iter().enumerate() {
-            for (offset, packed) in packed_index[row * width..][..length].iter_mut().enumerate() {
-                *packed = padded_index.len() as i64;
-                padded_index.push((row * width + offset) as i64);
-            }
+            let first = padded_index.len();
+            packed_index.extend((0..width).map(|offset| (first + offset.min(length - 1)) as i64));
+            padded_index.extend((0..length).map(|offset| (row * width + offset) as i64));
         }
         let to_device = |indices: &[i64]| Tensor::from_slice(indices).to_device(device);
         Some(Padding {

@@ -145,11 +145,11 @@ impl Transformer {
         self.forward_with(tokens, positions, &mut CausalAttention::new(&self.config, positions, self.kind), None)
     }
 
-    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row; the rest
-    /// of a row is padding. Keys and values are written to the cache. `tokens`: int64
-    /// `[rows, width]`. `num_attended`: the number of leading slots that contain all that any row
-    /// sees. `draft_rows`: the indices of the draft tokens among the tokens returned, int64
-    /// `[drafts]`, for adapters that act on these alone. No gradient flows.
+    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row, at least
+    /// one; the rest of a row is padding, in whose slots the key and value of its last token are
+    /// written. `tokens`: int64 `[rows, width]`. `num_attended`: the number of leading slots that
+    /// contain all that any row sees. `draft_rows`: the indices of the draft tokens among the tokens
+    /// returned, int64 `[drafts]`, for adapters that act on these alone. No gradient flows.
     pub fn forward_cached(
         &self,
         tokens: &Tensor,

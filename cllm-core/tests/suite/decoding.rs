@@ -1,7 +1,10 @@
 //! Every strategy gives the answer of autoregressive decoding, on every model family.
 
+use std::collections::BTreeMap;
+
 use cllm_core::decode::{
-    Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, Timing, Width, decode, required_slots,
+    Answer, DecodeOptions, Decoder, LiveBatch, LiveRequest, LiveRows, Request, Sampling, StopConditions, Strategy,
+    Timing, Width, decode, required_slots,
 };
 use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 
@@ -238,4 +241,61 @@ fn a_draft_model_reads_the_closed_thought_too() {
         assert_eq!((&answer.response_ids, &answer.thought), (&greedy.response_ids, &greedy.thought));
     }
     assert!(greedy.iter().any(|answer| answer.thought == Some(Thought::Forced(10..13))));
+}
+
+/// A request by its prompt, which is answered greedily.
+fn live_request(prompt_ids: Vec<i32>, stop: StopConditions) -> LiveRequest {
+    let request = Request { sample_id: "a".into(), prompt_ids };
+    LiveRequest { request, stop, sampling: Sampling::Greedy, seed: 5 }
+}
+
+/// Runs a live batch until its requests are answered; the answers are by the number of the request.
+fn finish(batch: &mut LiveBatch<'_>) -> BTreeMap<usize, Answer> {
+    let mut answers = BTreeMap::new();
+    let mut keep = |index, answer| {
+        answers.insert(index, answer);
+        Ok(())
+    };
+    while batch.step(&mut |_, _| (), &mut keep).unwrap() {}
+    answers
+}
+
+#[test]
+fn a_row_near_the_end_of_its_context_runs_beside_longer_chunks_and_windows() {
+    let prompt = |len: i32| (0..len).map(|index| index * index % 61).collect::<Vec<i32>>();
+    let fills_context = live_request(prompt(90), StopConditions::new(10, vec![]));
+    let is_shorter = live_request([vec![60], prompt(80)].concat(), StopConditions::new(10, vec![]));
+    let is_near_end = live_request(prompt(60), StopConditions::new(40, vec![]));
+    let closing = ThoughtClosing { max_thinking_tokens: 1, closing_ids: [[7; 20], [11; 20]].concat() };
+    let limit = ThoughtLimit { tokens: ThoughtTokens::new(12, 11, vec![vec![]]), closing };
+    let closes_thought = StopConditions { thought_limit: Some(limit), ..StopConditions::new(50, vec![]) };
+    let closes_thought = live_request(prompt(5), closes_thought);
+    for (name, config) in shapes() {
+        let model = random_model(&config);
+        let alone = |live: &LiveRequest| {
+            let options = DecodeOptions::greedy(Strategy::Ar, live.seed);
+            decode(&model, std::slice::from_ref(&live.request), &live.stop, options).unwrap().0.remove(0).response_ids
+        };
+        let rows = LiveRows { max_running: 2, num_prefix_rows: 2 };
+        let mut decoder = Decoder::new(&model, rows.num_rows(), 100 + 1).unwrap();
+        let mut batch = decoder.go_live(Strategy::Ar, rows).unwrap();
+        batch.join(fills_context.clone()).unwrap();
+        finish(&mut batch);
+        // The first two blocks of the prompt are cached now, and the rest is next to a whole prompt.
+        assert_eq!(batch.join(fills_context.clone()).unwrap(), 64, "{name}");
+        assert_eq!(batch.join(is_shorter.clone()).unwrap(), 0, "{name}");
+        let answers = finish(&mut batch);
+        assert_eq!(answers[&1].response_ids, alone(&fills_context), "{name}");
+        assert_eq!(answers[&2].response_ids, alone(&is_shorter), "{name}");
+        // One has its last tokens when the other closes its thought.
+        batch.join(is_near_end.clone()).unwrap();
+        for _ in 0..37 {
+            batch.step(&mut |_, _| (), &mut |_, _| Ok(())).unwrap();
+        }
+        batch.join(closes_thought.clone()).unwrap();
+        let answers = finish(&mut batch);
+        assert_eq!(answers[&3].response_ids, alone(&is_near_end), "{name}");
+        assert_eq!(answers[&4].response_ids, alone(&closes_thought), "{name}");
+        assert_eq!(answers[&4].thought, Some(Thought::Forced(1..41)), "{name}");
+    }
 }

@@ -51,14 +51,9 @@ impl RowTokens {
         RowTokens { start: window.start, tokens, nodes, first_adapted }
     }
 
-    /// The token at an offset; 0 for padding.
-    fn token(&self, offset: usize) -> i32 {
-        self.tokens.get(offset).copied().unwrap_or(0)
-    }
-
-    /// The node at an offset; padding is in order.
-    fn node(&self, offset: usize) -> Node {
-        self.nodes.get(offset).copied().unwrap_or(Node::in_order(offset))
+    /// The offset whose token stands at this one: padding repeats the last token, in its slot.
+    fn unpadded(&self, offset: usize) -> usize {
+        offset.min(self.tokens.len() - 1)
     }
 }
 
@@ -91,24 +86,25 @@ impl<'m> EagerBackend<'m> {
     fn forward(&self, batch: &RowBatch) -> Tensor {
         let rows = &batch.rows;
         let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
-        // Shorter rows are padded at the end. What padding writes into the cache is overwritten
-        // before any token sees it.
+        // Shorter rows are padded at the end. Slots of its own for padding could be past the last one
+        // of the cache.
         let width = lengths.iter().max().copied().unwrap_or(0);
         let shape = [rows.len() as i64, width as i64];
         let per_token = |value: &dyn Fn(&RowTokens, usize) -> i64| {
-            let values: Vec<i64> = rows.iter().flat_map(|row| (0..width).map(|offset| value(row, offset))).collect();
+            let of_row = |row| (0..width).map(move |offset| value(row, RowTokens::unpadded(row, offset)));
+            let values: Vec<i64> = rows.iter().flat_map(of_row).collect();
             Tensor::from_slice(&values).view(shape).to_device(self.model.device())
         };
-        let tokens = per_token(&|row, offset| row.token(offset).into());
+        let tokens = per_token(&|row, offset| row.tokens[offset].into());
         let slots = per_token(&|row, offset| (row.start + offset) as i64);
         let mapping = if batch.has_trees {
-            let positions = per_token(&|row, offset| (row.start + row.node(offset).depth) as i64);
-            let visible = per_token(&|row, offset| row.node(offset).visible as i64);
+            let positions = per_token(&|row, offset| (row.start + row.nodes[offset].depth) as i64);
+            let visible = per_token(&|row, offset| row.nodes[offset].visible as i64);
             SlotMapping { positions, tree_mask: Some(TreeMask { first_slot: slots.narrow(1, 0, 1), visible }), slots }
         } else {
             SlotMapping::sequential(slots)
         };
-        let num_attended = rows.iter().map(|row| row.start + width).max().unwrap_or(0);
+        let num_attended = rows.iter().map(|row| row.start + row.tokens.len()).max().unwrap_or(0);
         let mut cache = self.cache.rows(batch.first_row, rows.len());
         let draft_rows = draft_rows(rows);
         let draft_rows = (!draft_rows.is_empty()).then(|| Tensor::from_slice(&draft_rows).to_device(tokens.device()));
