@@ -39,8 +39,16 @@ mod tests {
         // 5 is followed by 6 and 7 in one branch, by 6, 8 and 9 in another.
         let (tree, draft) = (TokenTree::new([0, 1, 0, 3, 4]), [6, 7, 6, 8, 9]);
         let sampling = Sampling::Greedy;
-        let window =
-            |tree| Window { start: 0, last_token: 5, draft: &draft, tree, num_adapted: 0, sampling, sequence_key: 0 };
+        let window = |tree| Window {
+            start: 0,
+            last_token: 5,
+            draft: &draft,
+            tree,
+            num_adapted: 0,
+            is_closing: false,
+            sampling,
+            sequence_key: 0,
+        };
         let path = |predicted: [i32; 6]| accepted_path(&window(Some(&tree)), &predicted);
         assert_eq!(path([6, 8, 0, 8, 9, 0]), [0, 3, 4, 5]);
         assert_eq!(path([6, 7, 0, 7, 9, 0]), [0, 1, 2]);

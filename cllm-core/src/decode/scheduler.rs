@@ -107,7 +107,7 @@ impl<'r> Scheduler<'r> {
         //    With `PrefillPolicy::First`, they wait until all prompts are cached.
         let windows = if self.prefill == PrefillPolicy::First && !chunks.is_empty() { vec![] } else { self.windows() };
         let strategy = self.strategy;
-        let num_window_tokens: usize = windows.iter().map(|window| strategy.num_forwarded(window.len())).sum();
+        let num_window_tokens: usize = windows.iter().map(|window| strategy.num_forwarded(window)).sum();
         let has_prompts = !chunks.is_empty();
 
         // 5. Forward. The backend samples a token after each token of each window.
@@ -236,8 +236,7 @@ impl<'r> Scheduler<'r> {
         }
         let decoding = &mut self.running[..num_decoding];
         let strategy = self.strategy;
-        let num_last_tokens: usize =
-            decoding.iter().map(|sequence| strategy.num_forwarded(sequence.window().len())).sum();
+        let num_last_tokens: usize = decoding.iter().map(|sequence| strategy.num_forwarded(&sequence.window())).sum();
         if self.chooser.rests(num_last_tokens) {
             return;
         }

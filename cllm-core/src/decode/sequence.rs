@@ -152,8 +152,17 @@ impl Sequence {
             [] => (self.proposer.draft(), self.proposer.tree()),
             closing => (closing, None),
         };
-        let Sequence { sampling, sequence_key, .. } = *self;
-        Window { start, last_token: self.tokens[start], draft, tree, num_adapted: 0, sampling, sequence_key }
+        let Sequence { sampling, sequence_key, is_closing, .. } = *self;
+        Window {
+            start,
+            last_token: self.tokens[start],
+            draft,
+            tree,
+            num_adapted: 0,
+            is_closing,
+            sampling,
+            sequence_key,
+        }
     }
 
     /// Processes the tokens that the backend sampled after each token of the window.

@@ -5,6 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::backend::Window;
 use super::proposer::Proposer;
 use super::proposer::jacobi::Jacobi;
 use super::proposer::likeliest_paths::LikeliestPaths;
@@ -218,17 +219,17 @@ impl Strategy {
     /// Maximum number of tokens that a sequence forwards at once, each in a slot of its own: those of
     /// its window, as often as a forward has them.
     pub fn max_forwarded_tokens(self) -> usize {
-        self.num_forwarded(self.max_window_tokens())
+        self.max_window_tokens().saturating_mul(self.num_copies())
     }
 
-    /// How often a forward has each token of a window with drafts.
+    /// How often a forward has each token of a window that needs proposals.
     pub(super) fn num_copies(self) -> usize {
         if self.needs_draft_adapters() { 2 } else { 1 }
     }
 
-    /// Number of tokens that a window is forwarded as. Without drafts, it is forwarded once.
-    pub(super) fn num_forwarded(self, window_len: usize) -> usize {
-        if window_len < 2 { window_len } else { window_len.saturating_mul(self.num_copies()) }
+    /// Number of tokens that a window is forwarded as.
+    pub(super) fn num_forwarded(self, window: &Window<'_>) -> usize {
+        if window.needs_proposals() { window.len() * self.num_copies() } else { window.len() }
     }
 
     /// Whether a second model makes the drafts.

@@ -3,7 +3,7 @@
 use super::backend::gated::GatedBackend;
 use super::backend::speculative::SpeculativeBackend;
 use super::backend::{Backend, Outputs, Predictions, PromptChunk, Window};
-use super::request::Job;
+use super::request::{Job, required_slots};
 use super::sampling::{Candidate, Candidates, NO_CANDIDATES};
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
 use super::sequence::{Accepted, Sequence};
@@ -21,6 +21,8 @@ use crate::trajectory::FinishReason;
 pub(super) struct MockBackend {
     /// The token in each slot of each row.
     rows: Vec<Vec<i32>>,
+    /// Maximum number of slots of a row.
+    capacity: usize,
     next_token: fn(&[i32]) -> i32,
     /// The candidate of the second rank.
     runner_up: fn(&[i32]) -> i32,
@@ -36,6 +38,7 @@ impl MockBackend {
     pub(super) fn new(num_rows: usize) -> Self {
         MockBackend {
             rows: vec![Vec::new(); num_rows],
+            capacity: usize::MAX,
             next_token: hard,
             runner_up: repeating,
             max_prompt_tokens: usize::MAX,
@@ -50,6 +53,7 @@ impl MockBackend {
         assert!(start <= slots.len(), "row {row} leaves a gap in the cache");
         slots.truncate(start);
         slots.extend(tokens);
+        assert!(slots.len() <= self.capacity, "row {row} has {} of {} slots", slots.len(), self.capacity);
     }
 }
 
@@ -567,6 +571,25 @@ fn every_strategy_closes_a_thought_at_the_limit_and_no_other() {
                 assert_eq!(streamed.num_new_tokens, together.num_new_tokens);
             }
             assert_eq!(streamed.blocks, together.blocks);
+        }
+    }
+}
+
+#[test]
+fn no_window_needs_more_slots_than_are_required() {
+    // A thought whose closing is longer than the window of some strategies, and leaves one token.
+    let mut closing_thought = stop_with_thought_limit();
+    if let Some(limit) = &mut closing_thought.thought_limit {
+        limit.closing.closing_ids = [[30; 8], [4; 8]].concat();
+        closing_thought.max_new_tokens = limit.closing.max_thinking_tokens + 16 + 1;
+    }
+    for strategy in strategies().into_iter().chain([Strategy::Ar]) {
+        for stop in [stop_after(40), closing_thought.clone()] {
+            let max_prompt_tokens = requests().iter().map(|request| request.prompt_ids.len()).max().unwrap();
+            let capacity = required_slots(max_prompt_tokens, &stop, strategy);
+            let mut backend = MockBackend { capacity, ..MockBackend::new(7) };
+            let answers = run(&mut backend, 7, strategy, &stop, PrefillPolicy::First, &mut |_, _| ());
+            assert!(answers.iter().any(|answer| answer.response_ids.len() == stop.max_new_tokens), "{strategy:?}");
         }
     }
 }

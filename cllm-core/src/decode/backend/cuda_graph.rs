@@ -206,6 +206,7 @@ mod tests {
             draft: &[12, 13],
             tree: None,
             num_adapted: 1,
+            is_closing: false,
             sampling: Sampling::Temperature(0.5).with_top_p(0.25),
             sequence_key: 1,
         };
@@ -233,6 +234,7 @@ mod tests {
             draft: &[12, 13, 14],
             tree: Some(&tree),
             num_adapted: 0,
+            is_closing: false,
             sampling: Sampling::Greedy,
             sequence_key: 1,
         };
@@ -305,6 +307,7 @@ mod tests {
                         draft: &draft,
                         tree: None,
                         num_adapted: 0,
+                        is_closing: false,
                         sampling: Sampling::Greedy,
                         sequence_key: row as u64,
                     };
@@ -384,6 +387,7 @@ mod tests {
                                 draft: &draft,
                                 tree: None,
                                 num_adapted: 0,
+                                is_closing: false,
                                 sampling: sampling(row),
                                 sequence_key: draw * 64 + row as u64,
                             };

@@ -1,6 +1,6 @@
 //! Gated adapters: one model verifies a window and proposes the next, in the same forward. The window
 //! is in it twice, as the model reads it and as the model with its adapters for drafts reads it. A
-//! window without drafts is in it once, since nothing that could be proposed follows its only token.
+//! window after which nothing is proposed is in it once.
 //! Keys and values of the second copy are in the slots after the window, where the next window
 //! overwrites them.
 //!
@@ -17,38 +17,43 @@ pub(in crate::decode) struct GatedBackend<'d> {
     doubled: Vec<DoubledWindow>,
 }
 
-/// A window that is in a forward twice if it has drafts.
+/// A window that is in a forward twice if it needs proposals.
 pub(super) struct DoubledWindow {
     start: usize,
     last_token: i32,
-    /// The draft, and then the window again; or nothing.
+    /// The draft, and then the window again.
     draft: Vec<i32>,
-    tree: TokenTree,
+    /// `None` for a window that is in the forward once. Such windows do not branch.
+    tree: Option<TokenTree>,
+    is_closing: bool,
     sampling: Sampling,
     sequence_key: u64,
 }
 
 impl DoubledWindow {
     pub(super) fn new(window: &Window<'_>) -> Self {
-        let nodes: Vec<Node> = (0..window.len()).map(|offset| window.node(offset)).collect();
-        let (draft, tree) = match window.draft {
-            [] => (Vec::new(), TokenTree::new([])),
-            draft => (draft.iter().copied().chain(window.tokens()).collect(), TokenTree::doubled(&nodes)),
-        };
+        let (mut draft, mut tree) = (window.draft.to_vec(), None);
+        if window.needs_proposals() {
+            let nodes: Vec<Node> = (0..window.len()).map(|offset| window.node(offset)).collect();
+            draft.extend(window.tokens());
+            tree = Some(TokenTree::doubled(&nodes));
+        }
         DoubledWindow {
             start: window.start,
             last_token: window.last_token,
             draft,
             tree,
+            is_closing: window.is_closing,
             sampling: window.sampling,
             sequence_key: window.sequence_key,
         }
     }
 
     pub(super) fn window(&self) -> Window<'_> {
-        let DoubledWindow { start, last_token, ref draft, ref tree, sampling, sequence_key } = *self;
-        let num_adapted = draft.len().div_ceil(2);
-        Window { start, last_token, draft, tree: Some(tree), num_adapted, sampling, sequence_key }
+        let DoubledWindow { start, last_token, ref draft, ref tree, is_closing, sampling, sequence_key } = *self;
+        let num_adapted = if tree.is_some() { draft.len().div_ceil(2) } else { 0 };
+        let tree = tree.as_ref();
+        Window { start, last_token, draft, tree, num_adapted, is_closing, sampling, sequence_key }
     }
 }
 

@@ -110,6 +110,9 @@ pub(super) struct Window<'s> {
     /// Number of trailing tokens that the model reads with its adapters for drafts. No other token
     /// sees them.
     pub(super) num_adapted: usize,
+    /// Whether the draft is what closes a thought: it is accepted in any case, and nothing is proposed
+    /// after it.
+    pub(super) is_closing: bool,
     /// How tokens are sampled, and the key of the sequence's noise.
     pub(super) sampling: Sampling,
     pub(super) sequence_key: u64,
@@ -127,6 +130,12 @@ impl Window<'_> {
     /// Offset of the first token that is read with adapters.
     pub(super) fn first_adapted(&self) -> usize {
         self.len() - self.num_adapted
+    }
+
+    /// Whether the next draft may be what a second model, or the model with its adapters, proposes
+    /// after these tokens.
+    pub(super) fn needs_proposals(&self) -> bool {
+        !self.draft.is_empty() && !self.is_closing
     }
 
     pub(super) fn node(&self, offset: usize) -> Node {

@@ -146,6 +146,7 @@ fn errors((on_gpu, on_cpu): &(Transformer, Transformer), &Case { num_rows, n }: 
             draft,
             tree: tree.as_ref(),
             num_adapted: 0,
+            is_closing: false,
             sampling: Sampling::Greedy,
             sequence_key,
         })
