@@ -21,7 +21,7 @@ pub struct Request {
 /// When an answer ends, and when its thought does.
 #[derive(Debug, Clone)]
 pub struct StopConditions {
-    /// Maximum length of an answer, EOS included.
+    /// Maximum length of an answer, EOS included; at least 1 to decode.
     pub max_new_tokens: usize,
     /// Any of these ids ends an answer.
     pub eos_ids: Vec<i32>,

@@ -50,10 +50,11 @@ pub(super) struct Sequence {
 
 impl Sequence {
     pub(super) fn new(request_index: usize, request: Request, stop: StopConditions, options: DecodeOptions) -> Self {
+        debug_assert!(stop.max_new_tokens > 0, "a sequence gets a token in its first forward");
         let random = RandomDraft::new(options.seed, &request.sample_id);
         Sequence {
             request_index,
-            finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
+            finish_reason: None,
             stop,
             num_prompt_tokens: request.prompt_ids.len(),
             num_cached: 0,
