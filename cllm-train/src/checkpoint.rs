@@ -123,7 +123,7 @@ impl Checkpoints {
     /// [`Checkpoints::resume`] reports.
     pub fn started_on(run: &Path) -> Option<Date> {
         let state = if run.join(SUMMARY_FILE).exists() { read_state(run, "") } else { Ok(None) };
-        let state = state.ok()?.or_else(|| read_state(&checkpoints_folder(run).join(LATEST), "").ok()?);
+        let state = state.ok()?.or_else(|| read_state(&newest(run).ok()??, "").ok()?);
         state?.fingerprint.date()
     }
 
@@ -353,14 +353,16 @@ impl Checkpoints {
     /// The train state of a finished run; `None` for one that is not finished.
     ///
     /// # Errors
-    /// A damaged file.
+    /// A damaged or missing file.
     pub fn finished(&self) -> Result<Option<TrainState>> {
         if !self.run.join(SUMMARY_FILE).exists() {
             return Ok(None);
         }
         // Earlier versions have it in the last checkpoint alone.
         let folder = if has_state(&self.run) { self.run.clone() } else { self.folder().join(LATEST) };
-        read_state(&folder, "the model in `final` is not affected; to train again, choose another output")
+        let advice = "the model in `final` is not affected; to train again, choose another output";
+        let missing = || Error::file(&self.run, format!("is complete, but {STATE_FILE} is missing: {advice}"));
+        read_state(&folder, advice)?.map(Some).ok_or_else(missing)
     }
 
     /// # Errors
@@ -377,7 +379,7 @@ impl Checkpoints {
     /// # Errors
     /// As [`Self::check_fingerprint`].
     pub fn check_newest(&self, fingerprint: &RunFingerprint) -> Result<()> {
-        let state = self.newest()?.and_then(|folder| read_state(&folder, "").ok()?);
+        let state = newest(&self.run)?.and_then(|folder| read_state(&folder, "").ok()?);
         state.map_or(Ok(()), |state| self.check_fingerprint(&state, fingerprint))
     }
 
@@ -393,7 +395,7 @@ impl Checkpoints {
         fingerprint: &RunFingerprint,
         group: &ProcessGroup,
     ) -> Result<Option<TrainState>> {
-        let Some(folder) = self.newest()? else { return Ok(None) };
+        let Some(folder) = newest(&self.run)? else { return Ok(None) };
         let real_folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
         let advice = format!("delete {} to resume from the checkpoint before it", real_folder.display());
         let Some(state) = read_state(&folder, &advice)? else {
@@ -408,18 +410,6 @@ impl Checkpoints {
         Ok(Some(state))
     }
 
-    /// The checkpoint that `latest` points to. If someone has deleted it, the newest of the others,
-    /// which loses less than starting over.
-    fn newest(&self) -> Result<Option<PathBuf>> {
-        let latest = self.folder().join(LATEST);
-        if latest.exists() {
-            return Ok(Some(latest));
-        }
-        let mut checkpoints = checkpoints(&self.run)?;
-        checkpoints.retain(|(_, path)| has_state(path));
-        Ok(checkpoints.pop().map(|(_, newest)| newest))
-    }
-
     fn remove_old(&self, best_step: Option<usize>) -> Result<()> {
         let checkpoints = checkpoints(&self.run)?;
         let described: Vec<_> = checkpoints.iter().map(|(step, path)| (*step, has_state(path))).collect();
@@ -430,6 +420,18 @@ impl Checkpoints {
             Kept::Nothing => atomic_file::remove_folder(path),
         })
     }
+}
+
+/// The checkpoint to resume a run from: the one that `latest` points to. If someone has deleted it or
+/// its training state, the newest of the others, which loses less than starting over. A checkpoint
+/// that cannot be resumed from is returned only if there is no other, so that it is reported.
+fn newest(run: &Path) -> Result<Option<PathBuf>> {
+    let latest = checkpoints_folder(run).join(LATEST);
+    if has_state(&latest) {
+        return Ok(Some(latest));
+    }
+    let mut others = checkpoints(run)?.into_iter().map(|(_, path)| path);
+    Ok(others.rfind(|path| has_state(path)).or(Some(latest).filter(|latest| latest.exists())))
 }
 
 /// The name of the checkpoint after a step.
@@ -508,12 +510,17 @@ mod tests {
     #[test]
     fn a_run_resumes_from_checkpoints_with_training_state_only() {
         let run = Run::new(&[2, 4], &[6]);
-        let checkpoints = run.checkpoints(2);
-        assert_eq!(checkpoints.newest().unwrap(), Some(run.checkpoint(4)));
+        let newest = || newest(run.0.path()).unwrap();
+        let latest = checkpoints_folder(run.0.path()).join(LATEST);
+        assert_eq!(newest(), Some(run.checkpoint(4)));
+        std::os::unix::fs::symlink("step-000004", &latest).unwrap();
+        assert_eq!(newest(), Some(latest.clone()));
         remove_state(&run.checkpoint(4)).unwrap();
-        assert_eq!(checkpoints.newest().unwrap(), Some(run.checkpoint(2)));
-        std::os::unix::fs::symlink("step-000002", checkpoints.folder().join(LATEST)).unwrap();
-        assert_eq!(checkpoints.newest().unwrap(), Some(checkpoints.folder().join(LATEST)));
+        assert_eq!(newest(), Some(run.checkpoint(2)));
+        remove_state(&run.checkpoint(2)).unwrap();
+        assert_eq!(newest(), Some(latest.clone()), "there is no other");
+        std::fs::remove_file(&latest).unwrap();
+        assert_eq!(newest(), None);
     }
 
     #[test]
@@ -541,5 +548,8 @@ mod tests {
         assert_eq!(run.checkpoints(2).finished().unwrap(), None, "there is no summary");
         std::fs::write(run.0.path().join(SUMMARY_FILE), "").unwrap();
         assert_eq!(run.checkpoints(2).finished().unwrap().unwrap().step, 6);
+        std::fs::remove_file(run.0.path().join(STATE_FILE)).unwrap();
+        let message = run.checkpoints(2).finished().unwrap_err().to_string();
+        assert!(message.contains("state.json is missing") && message.contains("choose another output"), "{message}");
     }
 }

@@ -173,9 +173,10 @@ impl Trainer<'_> {
         }
         let open = || MetricsLog::open(&self.settings, self.state.step, self.is_validated());
         self.metrics = self.group.is_main().then(open).transpose()?;
-        // The validation of the initial model, or one that a signal interrupted, is due here.
+        // The validation of the initial model, or one that a signal interrupted, is due here. The
+        // checkpoint of the interrupted one is what the run resumes from.
         if self.validate_if_due()? && !self.is_over() {
-            self.save(Purpose::KeepBest)?;
+            self.save(Purpose::Resume)?;
         }
         let taken = self.take_steps(examples, schedule);
         if taken.is_err() && self.group.world_size() == 1 {

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::Stdio;
 
 use cllm_train::settings::Settings;
+use serde_json::{Value, json};
 
 use crate::setup::{
     TRAIN, assert_checkpoints_are_whole, num_metrics, prepare, reproducible_metrics, rewind_to, settings_file, sft,
-    wait_for_a_save,
+    trained_teacher, wait_for_a_save,
 };
 use cllm_testing::programs::path;
 
@@ -149,6 +150,47 @@ fn a_run_killed_at_twenty_moments_of_its_saves_resumes_to_the_same_curve() {
     TRAIN.succeed(&["run", "-c", &file, "save_every=100"]);
     assert_eq!(reproducible_metrics(&run), reproducible_metrics(&whole));
     assert_same_final_model(&run, &whole);
+}
+
+#[test]
+fn a_run_killed_after_it_resumed_in_a_validation_resumes_again() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = Settings {
+        init: None,
+        model: Some(trained_teacher(dir.path()).display().to_string()),
+        epochs: 1000,
+        max_steps: Some(500),
+        save_every: None,
+        ..sft(dir.path(), "run")
+    };
+    settings.optimizer.lr = 1e-6;
+    settings.validation.prompts = Some(dir.path().join("prompts.jsonl"));
+    settings.validation.every = 1;
+    settings.validation.max_new_tokens = 20;
+    let arguments = ["run", "-c", &settings_file(dir.path(), &settings)];
+    let (run, checkpoints) = (&settings.output, settings.output.join("checkpoints"));
+    TRAIN.interrupt(&arguments, "INT", 130, || num_metrics(run) >= 3);
+    // As if the signal had come during a validation that finds the best model so far.
+    let latest = fs::canonicalize(checkpoints.join("latest")).unwrap();
+    let mut state: Value = serde_json::from_slice(&fs::read(latest.join("state.json")).unwrap()).unwrap();
+    state["validation"] =
+        json!({ "last_step": null, "initial": null, "last": null, "best": null, "num_without_best": 0 });
+    state.as_object_mut().unwrap().remove("checksum");
+    fs::write(latest.join("state.json"), state.to_string()).unwrap();
+    fs::remove_file(latest.join("checksums.json")).unwrap();
+    let best = checkpoints.join("best");
+    let _ = fs::remove_file(&best);
+    let mut resumed = TRAIN.command(&[]).args(arguments).stderr(Stdio::null()).spawn().unwrap();
+    while !best.exists() {
+        assert!(resumed.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+        std::thread::yield_now();
+    }
+    resumed.kill().unwrap();
+    resumed.wait().unwrap();
+    assert_eq!(fs::canonicalize(&best).unwrap(), latest);
+    let num_before = num_metrics(run);
+    TRAIN.interrupt(&arguments, "TERM", 143, || num_metrics(run) >= num_before + 3);
 }
 
 #[test]
