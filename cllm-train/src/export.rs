@@ -63,7 +63,11 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     Ok(())
 }
 
-fn export(source: &Path, kind: Kind, output: &Path, with_custom_generate: bool) -> Result<()> {
+/// Writes the model in `source` with weights of another type into a new folder, adapters merged.
+///
+/// # Errors
+/// A bad model, an output folder that exists, file-system errors.
+pub fn export(source: &Path, kind: Kind, output: &Path, with_custom_generate: bool) -> Result<()> {
     let _lock = output_folder::lock_new(output)?;
     if source.join(SUMMARY_FILE).exists() || checkpoints_folder(source).is_dir() {
         let run = source.display();

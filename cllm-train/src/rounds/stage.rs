@@ -5,14 +5,19 @@ use std::path::{Path, PathBuf};
 use cllm_core::chat_template::today;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
-use cllm_core::{Error, Result, checkpoint, fingerprint, text_file, trajectory};
+use cllm_core::{Error, Result, checkpoint, device, fingerprint, text_file, trajectory};
 use cllm_data::{augment, clean, collect};
 use serde_json::{Value, json};
 
+use crate::export::export;
 use crate::run_fingerprint::RunFingerprint;
+use crate::run_folder::{BEST, FINAL, checkpoints_folder};
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
 use crate::trainer;
+
+/// Folder of the best checkpoint with its adapters merged, in that of a run.
+const MERGED: &str = "best-merged";
 
 /// One stage of a round, with its settings.
 pub enum Stage<'r> {
@@ -114,6 +119,7 @@ impl Stage<'_> {
             }
             Stage::Train(settings) => {
                 trainer::run((*settings).clone())?;
+                merge_best(settings)?;
                 read_json(&settings.output.join(SUMMARY_FILE))
             }
         }
@@ -123,8 +129,18 @@ impl Stage<'_> {
 /// The model that a training run hands to the next round: its best checkpoint if validation chose
 /// one, otherwise the final model.
 pub fn best_model(run: &Path) -> PathBuf {
-    let best = run.join("checkpoints/best");
-    if best.exists() { best } else { run.join("final") }
+    let chosen = [run.join(MERGED), checkpoints_folder(run).join(BEST)];
+    chosen.into_iter().find(|folder| folder.exists()).unwrap_or_else(|| run.join(FINAL))
+}
+
+/// Merges the adapters of the best checkpoint into their model, as those of the final one are: the
+/// adapters of the next round cannot be trained on top of them.
+fn merge_best(settings: &Settings) -> Result<()> {
+    let (best, merged) = (checkpoints_folder(&settings.output).join(BEST), settings.output.join(MERGED));
+    if !checkpoint::is_adapter(&best) || settings.adapts_drafts() || merged.exists() {
+        return Ok(());
+    }
+    export(&best, device::default_kind(device::parse(&settings.device)?), &merged, false)
 }
 
 fn read_json(path: &Path) -> Result<Value> {
@@ -139,7 +155,9 @@ mod tests {
     fn the_next_round_starts_from_the_best_checkpoint_if_there_is_one() {
         let run = tempfile::tempdir().unwrap();
         assert_eq!(best_model(run.path()), run.path().join("final"));
-        std::fs::create_dir_all(run.path().join("checkpoints/best")).unwrap();
-        assert_eq!(best_model(run.path()), run.path().join("checkpoints/best"));
+        for best in ["checkpoints/best", "best-merged"] {
+            std::fs::create_dir_all(run.path().join(best)).unwrap();
+            assert_eq!(best_model(run.path()), run.path().join(best));
+        }
     }
 }

@@ -216,3 +216,32 @@ fn changed_settings_and_outputs_of_finished_stages_are_refused() {
     fs::copy(model("round-01", "final"), model("round-02", "checkpoints/best")).unwrap();
     TRAIN.fail(&changed, 2, &["round-02/student", message]);
 }
+
+#[test]
+fn adapters_of_a_round_are_trained_on_the_best_model_of_the_round_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = write_settings(dir.path());
+    let output = dir.path().join("rounds");
+    // Nothing is learnt, so the first validation is the best.
+    let changes = ["train.lora.rank=2", "train.optimizer.lr=1e-9", "train.max_steps=2", "train.validation.every=1"];
+    let arguments = [&["rounds", "-c", &file][..], &changes].concat();
+    TRAIN.succeed(&arguments);
+    let students = ["round-01", "round-02"].map(|round| output.join(round).join("student"));
+    for student in &students {
+        let best = student.join("checkpoints/best");
+        assert_eq!(fs::read_link(&best).unwrap(), Path::new("step-000001"));
+        assert!(!best.join("model.safetensors").exists() && student.join("best-merged/model.safetensors").exists());
+    }
+    let finished = report(&output);
+    assert_eq!(finished["model"], students[1].join("best-merged").display().to_string());
+    // After a kill before the adapters were merged, they are merged.
+    let merged = outputs(&students[0].join("best-merged"));
+    let mut unrecorded = finished.clone();
+    let stage = &mut unrecorded["rounds"][0]["stages"][3];
+    (stage["output"], stage["summary"]) = (Value::Null, Value::Null);
+    fs::write(output.join("rounds.json"), unrecorded.to_string()).unwrap();
+    fs::remove_dir_all(students[0].join("best-merged")).unwrap();
+    TRAIN.succeed(&arguments);
+    assert_eq!(report(&output), finished);
+    assert!(outputs(&students[0].join("best-merged")) == merged);
+}
