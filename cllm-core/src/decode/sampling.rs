@@ -18,6 +18,10 @@
 
 pub(super) use crate::cuda::decode::MAX_CANDIDATES;
 
+/// Below this temperature a sampled token is the likeliest one. Logits divided by far less than this
+/// are not finite.
+const MIN_TEMPERATURE: f64 = 1e-5;
+
 /// How the next token is chosen from the logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sampling {
@@ -31,9 +35,10 @@ pub enum Sampling {
 }
 
 impl Sampling {
-    /// Converts the setting `temperature`, where 0 means greedy.
+    /// Converts the setting `temperature`, where 0 means greedy, and so do temperatures too low to
+    /// choose any other token.
     pub fn from_temperature(temperature: f64) -> Self {
-        if temperature == 0.0 { Sampling::Greedy } else { Sampling::Temperature(temperature) }
+        if temperature < MIN_TEMPERATURE { Sampling::Greedy } else { Sampling::Temperature(temperature) }
     }
 
     /// Draws from the nucleus alone. It is everything for 1, and always has the likeliest token, which
@@ -256,6 +261,17 @@ mod tests {
                 assert_eq!(candidates[0].token, sample(&logits, sampling, 7));
             }
         }
+    }
+
+    #[test]
+    fn temperatures_whose_scores_would_not_be_finite_are_greedy() {
+        for temperature in [0.0, f64::MIN_POSITIVE, 1e-39, 1e-9] {
+            assert_eq!(Sampling::from_temperature(temperature), Sampling::Greedy);
+        }
+        let lowest = Sampling::from_temperature(MIN_TEMPERATURE);
+        let logits = [0.0, -100.0, 99.0, 100.0, f32::NEG_INFINITY];
+        assert!(scores(&logits, lowest, 3).all(|(_, score)| !score.is_nan()));
+        assert_eq!(sample(&logits, lowest, 3), 3);
     }
 
     #[test]

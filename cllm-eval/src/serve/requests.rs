@@ -15,8 +15,6 @@ const MAX_STOP_BYTES: usize = 1000;
 const MAX_TOP_LOGPROBS: u64 = 20;
 const MAX_COMPLETION_LOGPROBS: u64 = 5;
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
-/// Below this temperature a sampled token is the likeliest one.
-const MIN_TEMPERATURE: f64 = 1e-5;
 
 /// A request, with everything that both endpoints have in common.
 #[derive(Debug)]
@@ -155,9 +153,8 @@ impl Ask {
 
     /// How tokens are sampled; `default_temperature` is that of the server.
     pub(super) fn sampling(&self, default_temperature: f64) -> Sampling {
-        let temperature = self.temperature.unwrap_or(default_temperature);
-        let temperature = if temperature < MIN_TEMPERATURE { 0.0 } else { temperature };
-        Sampling::from_temperature(temperature).with_top_p(self.top_p.unwrap_or(1.0))
+        Sampling::from_temperature(self.temperature.unwrap_or(default_temperature))
+            .with_top_p(self.top_p.unwrap_or(1.0))
     }
 }
 
