@@ -17,6 +17,8 @@ use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
 const TOKENIZER: &str = "tokenizer.json";
 const GENERATION: &str = "generation_config.json";
+/// The key there that says that its EOS ids are all: those of other files are replaced.
+const REPLACES_EOS_IDS: &str = "cllm_eos_token_id_is_complete";
 /// The files of a model folder that belong to its tokenizer.
 const FILES: [&str; 5] = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION, TEMPLATE_FILE];
 
@@ -25,7 +27,7 @@ pub struct Tokenizer {
     renderer: Renderer,
     /// The id that ends the assistant's turn in training targets.
     end_of_turn_id: Option<i32>,
-    /// Every id that ends an answer, ascending.
+    /// Every id that ends an answer.
     eos_ids: Vec<i32>,
     /// The EOS ids of the model's files, whatever replaces them.
     own_eos_ids: Vec<i32>,
@@ -51,7 +53,7 @@ impl Tokenizer {
     }
 
     /// Loads `tokenizer.json`, the chat template, and the EOS ids of generation_config.json,
-    /// config.json and tokenizer_config.json together. An adapter without a tokenizer uses its base
+    /// config.json and tokenizer_config.json together, or those of [`write_eos_ids`] alone. An adapter without a tokenizer uses its base
     /// model's.
     ///
     /// # Errors
@@ -79,27 +81,48 @@ impl Tokenizer {
         let mut eos_ids: BTreeSet<i32> = eos.into_iter().chain(turn_end).collect();
         eos_ids.extend(configured_eos_ids(&config_file, &config)?);
         let generation_file = find_file(folder, GENERATION)?;
-        eos_ids.extend(configured_eos_ids(&generation_file, &read_json(&generation_file)?)?);
-        Ok(Tokenizer {
+        let generation = read_json(&generation_file)?;
+        let generation_ids = configured_eos_ids(&generation_file, &generation)?;
+        eos_ids.extend(&generation_ids);
+        let mut tokenizer = Tokenizer {
             renderer,
             end_of_turn_id: turn_end.or(eos).or(eos_ids.first().copied()),
             eos_ids: eos_ids.iter().copied().collect(),
             own_eos_ids: eos_ids.into_iter().collect(),
             fingerprint: identity(&path, &codec)?,
             codec,
-        })
-    }
-
-    /// Replaces the EOS ids; `None` keeps those of the model's files.
-    pub fn with_eos_ids(mut self, ids: Option<&[i32]>) -> Self {
-        if let Some(ids) = ids {
-            self.eos_ids = ids.to_vec();
-            self.end_of_turn_id = ids.first().copied();
+        };
+        if generation[REPLACES_EOS_IDS] == true {
+            tokenizer.replace_eos_ids(&generation_ids);
         }
-        self
+        Ok(tokenizer)
     }
 
-    /// Every id that ends an answer, ascending.
+    /// Replaces the EOS ids, of which the first ends training targets; `None` keeps those of the files
+    /// in `folder`, whose model has a vocabulary of `vocab_size`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for an id that is not in the vocabulary.
+    pub fn with_eos_ids(mut self, ids: Option<&[i32]>, folder: &Path, vocab_size: i64) -> Result<Self> {
+        if let Some(ids) = ids {
+            self.replace_eos_ids(ids);
+        }
+        match self.eos_ids.iter().find(|&&id| id < 0 || i64::from(id) >= vocab_size) {
+            None => Ok(self),
+            Some(id) => {
+                let (folder, last) = (folder.display(), vocab_size - 1);
+                let message = format!("eos_ids: {id} is not in the vocabulary of {folder}: set ids from 0 to {last}");
+                Err(Error::usage(message))
+            }
+        }
+    }
+
+    fn replace_eos_ids(&mut self, ids: &[i32]) {
+        self.eos_ids = ids.to_vec();
+        self.end_of_turn_id = ids.first().copied();
+    }
+
+    /// Every id that ends an answer: those given in their order, or else the model's own, ascending.
     pub fn eos_ids(&self) -> &[i32] {
         &self.eos_ids
     }
@@ -297,8 +320,8 @@ pub fn write_chat_template(folder: &Path, source: &str) -> Result<()> {
     atomic_file::write(&folder.join(TEMPLATE_FILE), source.as_bytes())
 }
 
-/// Writes the ids that end an answer into a model folder's generation_config.json, where every
-/// loader looks for them.
+/// Writes the ids that end an answer, in place of all others, into a model folder's
+/// generation_config.json, where every loader looks for them.
 ///
 /// # Errors
 /// File-system errors.
@@ -309,6 +332,7 @@ pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
         _ => Map::new(),
     };
     settings.insert("eos_token_id".to_owned(), ids.into());
+    settings.insert(REPLACES_EOS_IDS.to_owned(), true.into());
     atomic_file::write_json(&path, &settings)
 }
 
@@ -351,9 +375,26 @@ mod tests {
         let target = tokenizer.encode_target("apples.").unwrap();
         assert_eq!(target[target.len() - 1], 0);
         assert_eq!(tokenizer.decode(&target).unwrap(), "apples.");
-        assert_eq!(tokenizer.with_eos_ids(Some(&[7])).eos_ids(), [7]);
-        write_eos_ids(dir.path(), &[7, 8]).unwrap();
-        assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 7, 8]);
+    }
+
+    #[test]
+    fn given_eos_ids_replace_those_of_every_file_also_once_they_are_saved() {
+        let dir = folder();
+        std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 5, "vocab_size": 300}"#).unwrap();
+        let load = |ids: Option<&[i32]>| Tokenizer::load(dir.path()).unwrap().with_eos_ids(ids, dir.path(), 300);
+        assert_eq!(load(None).unwrap().eos_ids(), [0, 5]);
+        let given = load(Some(&[8, 7])).unwrap();
+        write_eos_ids(dir.path(), &[8, 7]).unwrap();
+        for tokenizer in [given, load(None).unwrap()] {
+            assert_eq!(tokenizer.eos_ids(), [8, 7]);
+            assert!(tokenizer.encode_target("apples.").unwrap().ends_with(&[8]));
+            assert_eq!(tokenizer.end_target(vec![9, 0, 9]), [9, 8], "an end of the model's own is replaced");
+        }
+        assert_eq!(load(Some(&[7])).unwrap().eos_ids(), [7]);
+        for id in [-1, 300] {
+            let message = load(Some(&[7, id])).err().unwrap().to_string();
+            assert!(message.contains(&format!("eos_ids: {id} is not in the vocabulary of")), "{message}");
+        }
     }
 
     #[test]

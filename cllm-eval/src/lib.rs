@@ -9,7 +9,6 @@ pub mod config;
 pub mod detokenize;
 pub mod doctor;
 mod draft_adapters;
-pub mod eos_ids;
 pub mod fastchat;
 pub mod generate;
 pub mod journal;

@@ -113,12 +113,12 @@ pub fn load_tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
     };
     let rendering = settings.rendering.resolve(today())?;
     let tokenizer = Tokenizer::load_for(&folder, &rendering)?;
-    let vocab_size = tokenizer.vocab_size();
-    if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
-        let message = format!("eos_ids: {id} is not a token of {}, which has {vocab_size}", folder.display());
-        return Err(Error::usage(message));
-    }
-    Ok((tokenizer.with_eos_ids(settings.eos_ids.as_deref()), folder))
+    let vocab_size = match settings.init {
+        Some(_) => tokenizer.vocab_size() as i64,
+        None => checkpoint::load_config(&folder)?.vocab_size,
+    };
+    let tokenizer = tokenizer.with_eos_ids(settings.eos_ids.as_deref(), &folder, vocab_size)?;
+    Ok((tokenizer, folder))
 }
 
 fn locate_model(model: &str, settings: &Settings) -> Result<PathBuf> {

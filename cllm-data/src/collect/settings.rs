@@ -50,7 +50,7 @@ pub struct Settings {
     /// Use only the first N prompts.
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
-    /// Token ids that end a response, in place of the model's own.
+    /// Token ids that end a response, in place of the model's own. The first ends references.
     #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
     /// How prompts are rendered.

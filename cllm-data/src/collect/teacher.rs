@@ -8,7 +8,7 @@ use cllm_core::distributed::ProcessEnv;
 use cllm_core::model::Transformer;
 use cllm_core::thought::{ThoughtLimit, ThoughtTokens};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device};
+use cllm_core::{Result, device};
 
 use super::settings::Settings;
 
@@ -31,18 +31,14 @@ impl Teacher {
         let device = device::for_process(&settings.device, process)?;
         let folder = hub::locate(&settings.model)?;
         checkpoint::refuse_draft_adapters(&folder, "no trajectory shows")?;
-        let tokenizer = Tokenizer::load_for(&folder, rendering)?.with_eos_ids(settings.eos_ids.as_deref());
+        let vocab_size = checkpoint::load_config(&folder)?.vocab_size;
+        let tokenizer = Tokenizer::load_for(&folder, rendering)?;
+        let tokenizer = tokenizer.with_eos_ids(settings.eos_ids.as_deref(), &folder, vocab_size)?;
         let thought_tokens = ThoughtTokens::find(&tokenizer)?;
         let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);
         let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;
         let model = checkpoint::load(&folder, device, device::default_kind(device))?;
-        let teacher = Teacher { folder, tokenizer, thought_tokens, thought_limit, model };
-        let vocab_size = teacher.vocab_size();
-        if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
-            let model = &settings.model;
-            return Err(Error::usage(format!("eos_ids: {id} is not a token of {model}, which has {vocab_size}")));
-        }
-        Ok(teacher)
+        Ok(Teacher { folder, tokenizer, thought_tokens, thought_limit, model })
     }
 
     pub(super) fn vocab_size(&self) -> usize {

@@ -161,7 +161,7 @@ fn settings_that_do_not_fit_the_model_and_bad_prompt_sets_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let command = collect_command(&teacher(), &path(dir.path(), "output"));
     let with = |more: &str| [&command[..], &[more.to_owned()]].concat();
-    DATA.fail(&with("eos_ids=[5, 999]"), 2, &["eos_ids: 999", "300"]);
+    DATA.fail(&with("eos_ids=[5, 999]"), 2, &["eos_ids: 999 is not in the vocabulary", "0 to 299"]);
     // A limit that no prompt can meet is not an empty data set.
     DATA.fail(&with("max_new_tokens=1000000"), 2, &["no prompt of", "fits the context of ", "lower max_new_tokens"]);
     for number in ["max_new_tokens", "rows_per_shard", "batch_size"] {

@@ -40,9 +40,9 @@ pub fn chat(options: &GenerateOptions) -> Result<()> {
     }
     let device = device::parse(&options.device)?;
     let folder = hub::locate(&options.model)?;
-    let tokenizer = options.load_tokenizer(&folder)?;
     let config = checkpoint::load_config(&folder)?;
-    let stop = options.stop_conditions(&tokenizer, &folder, &config)?;
+    let tokenizer = options.load_tokenizer(&folder, &config)?;
+    let stop = options.stop_conditions(&tokenizer, &config)?;
     let model = checkpoint::load(&folder, device, device::default_kind(device))?;
     let mut chat = Chat::new(&model, tokenizer, stop, options)?;
     progress::log(format!("{}: ask a question, or type /help", options.model));

@@ -23,7 +23,6 @@ use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, chat_template, device, progress};
 use serde::Serialize;
 
-use crate::eos_ids;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, RESET_COLOUR};
@@ -64,8 +63,9 @@ impl GenerateOptions {
             .map(|strategy| DecodeOptions { sampling, ..DecodeOptions::greedy(strategy, self.seed) })
     }
 
-    fn load_tokenizer(&self, folder: &Path) -> Result<Tokenizer> {
-        Tokenizer::load_for(folder, &self.rendering.resolve(chat_template::today())?)
+    fn load_tokenizer(&self, folder: &Path, config: &ModelConfig) -> Result<Tokenizer> {
+        let tokenizer = Tokenizer::load_for(folder, &self.rendering.resolve(chat_template::today())?)?;
+        tokenizer.with_eos_ids(self.eos_ids.as_deref(), folder, config.vocab_size)
     }
 
     /// The messages of a conversation, after the system message.
@@ -74,7 +74,7 @@ impl GenerateOptions {
         Prompt::Conversation(system.chain(turns.iter().cloned()).collect::<Vec<_>>().into())
     }
 
-    fn stop_conditions(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<StopConditions> {
+    fn stop_conditions(&self, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<StopConditions> {
         let (max_new_tokens, context) = (self.max_new_tokens, config.max_positions);
         if max_new_tokens >= context {
             return Err(Error::usage(format!(
@@ -82,8 +82,7 @@ impl GenerateOptions {
                  tokens: use a lower number"
             )));
         }
-        let eos_ids = eos_ids::resolve(self.eos_ids.as_deref(), tokenizer, folder, config)?;
-        Ok(StopConditions::new(max_new_tokens, eos_ids))
+        Ok(StopConditions::new(max_new_tokens, tokenizer.eos_ids().to_vec()))
     }
 }
 
@@ -129,14 +128,14 @@ pub struct GeneratedAnswer {
 pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<Generation> {
     let device = device::parse(&options.device)?;
     let folder = hub::locate(&options.model)?;
-    let tokenizer = options.load_tokenizer(&folder)?;
+    let config = checkpoint::load_config(&folder)?;
+    let tokenizer = options.load_tokenizer(&folder, &config)?;
     let question = match options.raw {
         true => Prompt::Text(prompt.to_owned()),
         false => options.conversation(&[Message::new("user", prompt)]),
     };
     let (_, prompt_ids) = tokenizer.encode_prompt(&question)?;
-    let config = checkpoint::load_config(&folder)?;
-    let stop = options.stop_conditions(&tokenizer, &folder, &config)?;
+    let stop = options.stop_conditions(&tokenizer, &config)?;
     let request = Request { sample_id: "generate".to_owned(), prompt_ids };
     check_fits_context(&request, &stop, config.max_positions)?;
     let model = checkpoint::load(&folder, device, device::default_kind(device))?;

@@ -10,7 +10,6 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Result, checkpoint};
 
 use crate::config::RunSettings;
-use crate::eos_ids;
 use crate::mt_bench_turns;
 use crate::records::AnswerRecord;
 
@@ -60,12 +59,15 @@ impl Prompts {
         settings: &RunSettings,
         rendering: &Rendering,
     ) -> Result<Self> {
-        let tokenizer = Tokenizer::load_for(folder, rendering)?;
         let config = checkpoint::load_config(folder)?;
-        let eos_ids = eos_ids::resolve(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
+        let tokenizer = Tokenizer::load_for(folder, rendering)?;
+        let tokenizer = tokenizer.with_eos_ids(settings.eos_ids.as_deref(), folder, config.vocab_size)?;
         let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);
         let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;
-        let stop = StopConditions { thought_limit, ..StopConditions::new(settings.max_new_tokens, eos_ids) };
+        let stop = StopConditions {
+            thought_limit,
+            ..StopConditions::new(settings.max_new_tokens, tokenizer.eos_ids().to_vec())
+        };
         let render = |sample: &Sample| {
             let prompt = RenderedPrompt::new(&tokenizer, sample);
             let prompt = prompt.map_err(|error| match settings.prompts.as_ref().or(settings.data.as_ref()) {

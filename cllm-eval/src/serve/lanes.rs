@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use super::engine::LaneModel;
 use super::models::ServedModel;
 use super::settings::ServeSettings;
-use crate::{draft_adapters, eos_ids};
+use crate::draft_adapters;
 
 /// The context of a server whose settings do not say it, if the model's is not shorter.
 const DEFAULT_CONTEXT: usize = 2048;
@@ -30,7 +30,6 @@ struct Source {
     folder: PathBuf,
     config: ModelConfig,
     tokenizer: Arc<Tokenizer>,
-    eos_ids: Vec<i32>,
 }
 
 /// What is served, and from which files.
@@ -128,8 +127,8 @@ impl Source {
         let config = checkpoint::load_config(&folder)?;
         checkpoint::check(&folder)?;
         let tokenizer = Tokenizer::load_for(&folder, &settings.rendering.resolve(chat_template::today())?)?;
-        let eos_ids = eos_ids::resolve(settings.eos_ids.as_deref(), &tokenizer, &folder, &config)?;
-        Ok(Source { name: name.to_owned(), folder, config, tokenizer: Arc::new(tokenizer), eos_ids })
+        let tokenizer = tokenizer.with_eos_ids(settings.eos_ids.as_deref(), &folder, config.vocab_size)?;
+        Ok(Source { name: name.to_owned(), folder, config, tokenizer: Arc::new(tokenizer) })
     }
 
     fn is_chat(&self) -> bool {
@@ -169,7 +168,7 @@ impl Plan {
                 lane: index,
                 strategy: lane.strategy.to_string(),
                 tokenizer: Arc::clone(&source.tokenizer),
-                eos_ids: source.eos_ids.clone(),
+                eos_ids: source.tokenizer.eos_ids().to_vec(),
                 max_thinking_tokens: self.max_thinking_tokens,
                 vocab_size: source.config.vocab_size,
                 context: lane.context,

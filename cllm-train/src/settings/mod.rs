@@ -115,7 +115,7 @@ pub struct Settings {
     #[garde(skip)]
     pub keep_state: bool,
     /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first.
-    /// They are also saved with the trained model.
+    /// They are also saved with the trained model, in place of those that it started from.
     #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
     /// auto, cpu, cuda or cuda:N. `plan` also takes the name of a GPU that this machine may lack, such

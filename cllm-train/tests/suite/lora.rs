@@ -90,7 +90,7 @@ fn a_run_saves_the_merged_model_and_the_adapter() {
         assert!(have_same_weights(folder, &run.join("final")), "{}", folder.display());
         assert!(!folder.join("model.safetensors").exists() && !folder.join("config.json").exists());
         assert!(!folder.join("custom_generate").exists(), "{}", folder.display());
-        assert!(Tokenizer::load(folder).unwrap().eos_ids().contains(&7));
+        assert_eq!(Tokenizer::load(folder).unwrap().eos_ids(), [7]);
     }
     assert!(run.join("final/custom_generate/generate.py").exists() && run.join("final/README.md").exists());
     let config = checkpoint::load_config(&adapter).unwrap();
@@ -105,7 +105,7 @@ fn a_run_saves_the_merged_model_and_the_adapter() {
     let exported = path(dir.path(), "exported");
     TRAIN.succeed(&["export", &adapter.display().to_string(), "--dtype", "f32", "--output", &exported]);
     assert!(have_same_weights(Path::new(&exported), &run.join("final")));
-    assert!(Tokenizer::load(Path::new(&exported)).unwrap().eos_ids().contains(&7));
+    assert_eq!(Tokenizer::load(Path::new(&exported)).unwrap().eos_ids(), [7]);
     // Adapters cannot be trained on top of an adapter, but all weights can.
     let model = Some(adapter.display().to_string());
     let on_adapter = Settings { model, output: dir.path().join("on-adapter"), ..settings.clone() };
