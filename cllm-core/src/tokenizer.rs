@@ -52,9 +52,9 @@ impl Tokenizer {
         Tokenizer::load_for(folder, &Rendering::on(chat_template::today()))
     }
 
-    /// Loads `tokenizer.json`, the chat template, and the EOS ids of generation_config.json,
-    /// config.json and tokenizer_config.json together, or those of [`write_eos_ids`] alone. An adapter without a tokenizer uses its base
-    /// model's.
+    /// Loads `tokenizer.json`, the chat template, and the EOS ids: those of [`write_eos_ids`] alone, or
+    /// else those of generation_config.json, config.json and tokenizer_config.json together. An adapter
+    /// without a tokenizer uses its base model's.
     ///
     /// # Errors
     /// When a file is missing or broken, or the tokenizer belongs to another model.
