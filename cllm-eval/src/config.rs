@@ -1,6 +1,6 @@
 //! Settings of `cllm-eval run`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cllm_core::Error;
 use cllm_core::chat_template::RenderSettings;
@@ -138,6 +138,24 @@ impl RunSettings {
         match self.prompts.as_ref().or(self.data.as_ref()) {
             Some(path) => error.in_file(path),
             None => error,
+        }
+    }
+
+    /// The settings by which answers are scored. The verb `score` changes them afterwards.
+    pub(crate) fn scoring(&self) -> (Option<&Path>, bool, bool) {
+        (self.data.as_deref(), self.execute_code, self.keep_distinct)
+    }
+
+    /// The settings that must be unchanged for a run to resume: all but the output folder, the
+    /// numbers of rows that are timed, each for itself, and those of scoring.
+    pub(crate) fn of_run(&self) -> RunSettings {
+        RunSettings {
+            output: PathBuf::new(),
+            concurrency: Vec::new(),
+            data: None,
+            execute_code: false,
+            keep_distinct: false,
+            ..self.clone()
         }
     }
 

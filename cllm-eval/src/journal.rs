@@ -8,11 +8,12 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file, disk, settings};
+use cllm_core::{Error, Result, atomic_file, disk, progress, settings};
 use serde_json::Value;
 
 use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, ThroughputRecord, WindowRecord};
 use crate::role::Role;
+use crate::score::AnswerScorer;
 
 pub struct Journal {
     path: PathBuf,
@@ -22,27 +23,35 @@ pub struct Journal {
 
 impl Journal {
     /// Opens the file of a run: a new one, or the one that an interrupted run with the same header
-    /// left.
+    /// left. If its answers were scored by other settings, `scorer` scores them again: all verdicts of
+    /// a run are by the same rules.
     ///
     /// # Errors
-    /// When the file belongs to another run; file-system errors.
-    pub fn open(path: &Path, header: Header) -> Result<Self> {
+    /// When the file belongs to another run; as [`AnswerScorer::score`]; file-system errors.
+    pub fn open(path: &Path, header: Header, scorer: AnswerScorer<'_>) -> Result<Self> {
         let left = if path.exists() { Records::read_interrupted(path)? } else { None };
         match left {
             // A run that ended before its first answer has nothing to lose.
             Some((mut records, whole_bytes)) if !records.is_empty() => {
                 expect_same_run(path, &records.header, &header)?;
-                records.header.settings.concurrency = header.settings.concurrency;
+                let is_scored_alike = records.header.settings.scoring() == header.settings.scoring();
+                (records.header.settings, records.header.sandbox) = (header.settings, header.sandbox);
+                if !is_scored_alike {
+                    progress::log(
+                        "scoring the finished answers again: data, execute_code or keep_distinct has changed",
+                    );
+                    scorer.score(&mut records.answers).map_err(|error| error.in_file(path))?;
+                    return Self::create(path, records);
+                }
                 let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
                 file.set_len(whole_bytes).and_then(|()| file.seek(SeekFrom::End(0))).map_err(Error::write(path))?;
                 Ok(Journal { path: path.to_owned(), file, records })
             }
-            _ => Self::create(path, header),
+            _ => Self::create(path, Records::new(header)),
         }
     }
 
-    fn create(path: &Path, header: Header) -> Result<Self> {
-        let records = Records::new(header);
+    fn create(path: &Path, records: Records) -> Result<Self> {
         records.write(path)?;
         let file = OpenOptions::new().append(true).open(path).map_err(Error::write(path))?;
         Ok(Journal { path: path.to_owned(), file, records })
@@ -150,11 +159,10 @@ fn expect_same_run(path: &Path, before: &Header, now: &Header) -> Result<()> {
 
 /// Describes how two runs differ.
 fn difference(before: &Header, now: &Header) -> String {
-    let values = |header: &Header| serde_json::to_value(&header.settings).unwrap_or(Value::Null);
+    let values = |header: &Header| serde_json::to_value(header.settings.of_run()).unwrap_or(Value::Null);
     let (old, new) = (values(before), values(now));
-    let keys = new.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
-    let changed = keys.filter(|key| !["output", "concurrency"].contains(key)).find(|&key| old[key] != new[key]);
-    if let Some(key) = changed {
+    let mut keys = new.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
+    if let Some(key) = keys.find(|&key| old[key] != new[key]) {
         return settings::change("was started", key, &old[key], &new[key]);
     }
     let same_weights =

@@ -17,6 +17,7 @@ use cllm_core::task::{Alternative, Task, Verdict};
 use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, atomic_file, checksum, progress};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -406,7 +407,8 @@ impl Records {
         self.answers.is_empty() && self.speeds.is_empty() && self.windows.is_empty()
     }
 
-    /// Reads a whole file.
+    /// Reads a file, which may be that of a run that was killed: a last line that was cut off is left
+    /// out, and logged.
     ///
     /// # Errors
     /// When a line is not a record: names file and line.
@@ -415,8 +417,8 @@ impl Records {
         Ok(Self::read_lines(path, false)?.ok_or_else(empty)?.0)
     }
 
-    /// Reads the file of a run that was killed, which may have cut off the last line. Returns the
-    /// records of the complete lines and their length in bytes, or `None` if no line is complete.
+    /// Reads the file of a run that is to be resumed. Returns the records of the complete lines and
+    /// their length in bytes, or `None` if no line is complete.
     ///
     /// # Errors
     /// When a line is not a record: names file and line.
@@ -424,7 +426,7 @@ impl Records {
         Self::read_lines(path, true)
     }
 
-    fn read_lines(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
+    fn read_lines(path: &Path, is_resumed: bool) -> Result<Option<(Self, u64)>> {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
         let mut header = None;
         let (mut answers, mut speeds, mut throughputs, mut windows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -432,7 +434,12 @@ impl Records {
         for number in 1.. {
             bytes.clear();
             let num_bytes = reader.read_until(b'\n', &mut bytes).map_err(Error::io(path))?;
-            if num_bytes == 0 || (may_be_cut && !bytes.ends_with(b"\n")) {
+            if num_bytes == 0 || (is_resumed && !bytes.ends_with(b"\n")) {
+                break;
+            }
+            if is_cut(&bytes) {
+                let path = path.display();
+                progress::log(format!("{path}: its last line was cut off: run the same `cllm-eval run` again"));
                 break;
             }
             whole_bytes += num_bytes as u64;
@@ -458,7 +465,7 @@ impl Records {
             }
             let line: Line = serde_json::from_str(text).map_err(not_a_record)?;
             // Examples that are shown alone keep their indices. A run that resumes looks its own up.
-            let header_if_resumed = header.as_ref().filter(|_| may_be_cut);
+            let header_if_resumed = header.as_ref().filter(|_| is_resumed);
             let num_examples = header_if_resumed.map_or(usize::MAX, |header: &Header| header.examples);
             if let Some(problem) = line.problem(num_examples) {
                 return Err(Error::file(path, format!("line {number} is no record of this run: {problem}")));
@@ -506,6 +513,12 @@ impl LineRef<'_> {
         text.push('\n');
         Ok(text)
     }
+}
+
+/// Whether a line was cut off when the run that wrote it was killed: it lacks its newline, and more.
+/// The last line of an edited file may lack the newline alone.
+fn is_cut(line: &[u8]) -> bool {
+    !line.ends_with(b"\n") && serde_json::from_slice::<IgnoredAny>(line).is_err()
 }
 
 /// Refuses a document of another schema version. A document without a version passes, so that the

@@ -1,6 +1,6 @@
 //! A run with checked inputs and an open journal: the state that the stages share.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use cllm_core::chat_template::today;
 use cllm_core::decode::Strategy;
@@ -62,7 +62,7 @@ impl<'a> Session<'a> {
             models,
             settings: used.clone(),
         };
-        let journal = open_journal(&settings.output, header)?;
+        let journal = open_journal(&settings.output, header, scorer)?;
         output_folder::save_settings(&settings.output, "cllm-eval run", settings)?;
         let samples = &examples.samples[..];
         let timed = spread_evenly(used.num_speed_examples, samples.len());
@@ -89,10 +89,10 @@ impl<'a> Session<'a> {
     }
 }
 
-fn open_journal(output: &Path, header: Header) -> Result<Journal> {
+fn open_journal(output: &Path, header: Header, scorer: AnswerScorer<'_>) -> Result<Journal> {
     output_folder::expect_own(output, || output.join(SAMPLES).exists())?;
     atomic_file::recover(output)?;
-    Journal::open(&output.join(SAMPLES), header)
+    Journal::open(&output.join(SAMPLES), header, scorer)
 }
 
 /// Texts are read, not answered, so strategies and timing do not apply to them.
@@ -105,13 +105,11 @@ fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
     }
 }
 
-/// Fingerprint of everything that must be unchanged for a run to resume. The output folder may
-/// change, and so may the numbers of rows that are timed, each for itself. Whether a student adapts its
+/// Fingerprint of everything that must be unchanged for a run to resume. Whether a student adapts its
 /// teacher follows from the two models.
 fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
-    let settings = RunSettings { output: PathBuf::new(), concurrency: Vec::new(), ..settings.clone() };
     let models: Vec<_> = models.iter().map(|model| ModelEntry { adapts_teacher: false, ..model.clone() }).collect();
-    let text = serde_json::to_vec(&(settings, models, samples)).map_err(Error::serialization)?;
+    let text = serde_json::to_vec(&(settings.of_run(), models, samples)).map_err(Error::serialization)?;
     Ok(fingerprint::hash_bytes(&text))
 }
 

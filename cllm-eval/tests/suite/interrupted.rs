@@ -8,7 +8,7 @@ use cllm_eval::records::Records;
 use cllm_eval::results::Results;
 use serde_json::json;
 
-use crate::made_up::model;
+use crate::made_up::{model, records};
 use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
@@ -212,6 +212,35 @@ fn timings_of_two_machines_are_not_mixed() {
 }
 
 #[test]
+fn a_last_line_that_was_cut_off_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (run, samples) = (path(dir.path(), "run"), dir.path().join("run/samples.jsonl"));
+    fs::create_dir(&run).unwrap();
+    records().write(&samples).unwrap();
+    EVAL.succeed(&["score", &run]);
+    let whole = fs::read(&samples).unwrap();
+    let commands = [vec!["report", &run], vec!["score", &run]];
+    for (num_missing, is_cut) in [(2, true), (40, true), (1, false), (0, false)] {
+        for command in &commands {
+            fs::write(&samples, &whole[..whole.len() - num_missing]).unwrap();
+            let log = EVAL.succeed(command).stderr;
+            let warning = "samples.jsonl: its last line was cut off: run the same `cllm-eval run` again";
+            assert_eq!(log.contains(warning), is_cut, "{num_missing} bytes less, {command:?}: {log}");
+        }
+        assert_eq!(
+            Records::read(&samples).unwrap().throughputs.len(),
+            records().throughputs.len() - usize::from(is_cut)
+        );
+    }
+    // Only the last line can be cut.
+    let text = String::from_utf8(whole).unwrap().replacen("\"}\n", "\n", 1);
+    fs::write(&samples, text).unwrap();
+    for command in commands {
+        EVAL.fail(&command, 2, &["samples.jsonl: line 1 "]);
+    }
+}
+
+#[test]
 fn a_run_that_ended_before_its_first_answer_does_not_block_its_folder() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
@@ -234,8 +263,10 @@ fn a_run_that_ended_before_its_first_answer_does_not_block_its_folder() {
         fs::write(&samples, left).unwrap();
         EVAL.succeed(&run("seed=2"));
     }
-    fs::write(&samples, "").unwrap();
-    EVAL.fail(&["score", &output], 2, &["samples.jsonl", "holds no answers yet"]);
+    for left in [&header[..40], ""] {
+        fs::write(&samples, left).unwrap();
+        EVAL.fail(&["score", &output], 2, &["samples.jsonl", "holds no answers yet", "the same `cllm-eval run`"]);
+    }
     let answers: String = whole.lines().skip(1).map(|line| line.to_owned() + "\n").collect();
     fs::write(&samples, &answers).unwrap();
     EVAL.fail(&run("seed=2"), 2, &["samples.jsonl", "no header line", "another `output`"]);

@@ -272,6 +272,47 @@ fn accuracy_on_spider_ignores_distinct_unless_told_to_keep_it() {
 }
 
 #[test]
+fn a_run_that_resumes_after_score_has_one_rule_for_all_its_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, prompts, output] = ["teacher", "prompts.jsonl", "output"].map(|name| path(dir.path(), name));
+    model(Path::new(&teacher), 1);
+    let row = |id: &str| json!({ "id": id, "source": "spider/dev", "prompt": "2 + 2 =", "reference": "SELECT 7 FROM pen", "meta": { "db_id": "zoo" } });
+    fs::write(&prompts, format!("{}\n{}", row("a"), row("b"))).unwrap();
+    let given = [
+        format!("teacher={teacher}"),
+        format!("prompts={prompts}"),
+        format!("output={output}"),
+        format!("data={}", spider(dir.path())),
+    ];
+    let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu"];
+    let run = [&fixed.map(str::to_owned)[..], &given].concat();
+    EVAL.succeed(&run);
+    // As if it had been interrupted after the first answer, whose verdict depends on the rule.
+    let mut records = read(&output);
+    records.answers.truncate(1);
+    records.answers[0].text = "SELECT DISTINCT 7 FROM pen".to_owned();
+    records.answers[0].finish_reason = FinishReason::Eos;
+    records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
+    EVAL.succeed(&["score", &output, "--keep-distinct"]);
+    assert_eq!(read(&output).answers[0].verdict, Verdict::Incorrect);
+    // What `score` changed is not what differs.
+    let other = [&run[..], &["max_new_tokens=6".to_owned()]].concat();
+    EVAL.fail(&other, 2, &["was started with max_new_tokens=5; this command says 6"]);
+    for (rule, verdict, metric) in [
+        ("keep_distinct=false", Verdict::Correct, "ignore_distinct"),
+        ("keep_distinct=true", Verdict::Incorrect, "keep_distinct"),
+    ] {
+        EVAL.succeed(&[&run[..], &[rule.to_owned()]].concat());
+        let records = read(&output);
+        assert_eq!((records.answers.len(), records.answers[0].verdict), (2, verdict), "{rule}");
+        assert_eq!(records.header.settings.keep_distinct, rule == "keep_distinct=true");
+        let results = fs::read_to_string(Path::new(&output).join("results.json")).unwrap();
+        let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+        assert_eq!(results["models"][0]["strategies"][0]["metric"], metric, "{rule}");
+    }
+}
+
+#[test]
 fn the_rule_of_spider_is_refused_for_other_benchmarks() {
     let dir = tempfile::tempdir().unwrap();
     let run = path(dir.path(), "run");
