@@ -37,7 +37,8 @@ pub struct Writer {
 
 impl Writer {
     /// Opens `folder` for writing and resumes after the shards that an earlier run with the same
-    /// provenance wrote.
+    /// provenance wrote. A complete data set whose shards are all there stays complete, and nothing is
+    /// written until another shard is.
     ///
     /// # Errors
     /// [`Error::File`] naming the field that differs if the folder holds a data set with another
@@ -69,18 +70,20 @@ impl Writer {
                                   all after it to have their rows decoded again";
                     return Err(Error::file(folder.join(&damaged.name), advice));
                 }
+                existing.complete &= num_intact == existing.shards.len();
                 existing.shards.truncate(num_intact);
-                existing.complete = false;
                 existing
             }
         };
         let writer = Writer { folder: folder.to_owned(), manifest };
         // Written now, so that a read-only folder is noticed before there are rows to lose.
-        writer.write_manifest()?;
+        if !writer.manifest.complete {
+            writer.write_manifest()?;
+        }
         Ok(writer)
     }
 
-    /// Whether `folder` holds a complete data set with this provenance.
+    /// Whether `folder` holds a complete data set with this provenance. Its shards are not looked at.
     ///
     /// # Errors
     /// [`Error::File`] naming the field that differs if it holds one with another provenance.
@@ -151,6 +154,7 @@ impl Writer {
         };
         let entries = names.into_par_iter().zip(shards).map(entry).collect::<Result<Vec<_>>>()?;
         self.manifest.shards.extend(entries);
+        self.manifest.complete = false;
         self.write_manifest()
     }
 

@@ -207,6 +207,19 @@ fn a_run_that_failed_before_its_first_row_leaves_no_data_set() {
 }
 
 #[test]
+fn a_complete_data_set_stays_complete_until_a_shard_of_it_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0..700);
+    let writer = Writer::open(dir.path(), provenance()).unwrap();
+    assert_eq!((writer.manifest().complete, writer.num_shards()), (true, 3));
+    assert_eq!(Reader::open(dir.path()).unwrap().num_rows(), 700);
+    std::fs::remove_file(dir.path().join("data/part-00002.parquet")).unwrap();
+    let writer = Writer::open(dir.path(), provenance()).unwrap();
+    assert_eq!((writer.manifest().complete, writer.num_shards()), (false, 2));
+    assert!(Reader::open(dir.path()).err().unwrap().to_string().contains("is not complete"));
+}
+
+#[test]
 fn tokens_that_closed_a_thought_stand_between_two_blocks_where_the_limit_is() {
     // The fixture's blocks have three tokens. The thought is closed after the first.
     let limited = |max_thinking_tokens: usize| Provenance {

@@ -3,6 +3,7 @@
 use std::sync::mpsc;
 
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, StopConditions, Strategy, required_slots};
+use cllm_core::model::Transformer;
 use cllm_core::progress::{Progress, count};
 use cllm_core::{Error, Result};
 
@@ -26,6 +27,7 @@ type OnAnswer<'a> = dyn FnMut(usize, Answer) -> Result<()> + 'a;
 /// Decodes the prompts that `buffer` has no response for, and returns the counts of the new rows.
 pub(super) fn decode_missing(
     teacher: &Teacher,
+    model: &Transformer,
     prompts: &[RenderedPrompt],
     settings: &Settings,
     buffer: &mut ShardBuffer<'_>,
@@ -42,7 +44,7 @@ pub(super) fn decode_missing(
     let strategy = Strategy::Jacobi { n: settings.n };
     let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, settings.seed) };
     let batch_size = settings.batch_size.min(order.len());
-    let mut decoder = Decoder::new(&teacher.model, batch_size, required_slots(longest, &stop, strategy))?;
+    let mut decoder = Decoder::new(model, batch_size, required_slots(longest, &stop, strategy))?;
     let mut requests = order.iter().map(|&index| prompts[index].request());
     let decode = |on_answer: &mut OnAnswer<'_>| {
         let mut on_finish = |request: usize, answer| on_answer(order[request], answer);
@@ -57,7 +59,7 @@ pub(super) fn decode_missing(
         progress.advance(num_answers);
         Ok(())
     };
-    if teacher.model.device().is_cuda() {
+    if model.device().is_cuda() {
         store_on_a_thread(decode, store)?;
     } else {
         store_in_turns(decode, store, ANSWERS_PER_TURN.min(settings.rows_per_shard))?;

@@ -18,14 +18,16 @@ use cllm_core::chat_template::{Date, today};
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessEnv;
+use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::PromptSet;
 use cllm_core::trajectory::{self, Provenance, Writer, rank_folder};
-use cllm_core::{Result, fingerprint, output_folder, progress};
+use cllm_core::{Result, device, fingerprint, output_folder, progress};
 use serde::Serialize;
 
 use crate::dataset_card::finish_with_card;
 use crate::scoring::Scorer;
+use prompts::RenderedPrompt;
 use shard_buffer::ShardBuffer;
 use stats::Counts;
 use teacher::Teacher;
@@ -64,7 +66,8 @@ struct RunStats {
     responses: ResponseStats,
     /// Seconds of decoding and writing.
     seconds: f64,
-    tokens_per_second: f64,
+    /// Null if the data set was complete already.
+    tokens_per_second: Option<f64>,
     /// The most GPU memory that tensors used at a time; null on the CPU.
     peak_memory_bytes: Option<u64>,
 }
@@ -89,54 +92,70 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let _lock = output_folder::lock(&output)?;
     let started_on = trajectory::stored_date(&settings.output)?;
     let rendering = settings.rendering.resolve(started_on.unwrap_or(today))?;
-    let teacher = Teacher::load(settings, &rendering, process.as_ref())?;
+    let device = device::for_process(&settings.device, process.as_ref())?;
+    let teacher = Teacher::find(settings, &rendering)?;
     let PromptSet { samples, num_set_aside } = prompts::read(settings)?;
     let provenance = provenance(settings, &teacher, samples.len())?;
-    let samples = prompts::samples_of_process(samples, process.as_ref());
+    let (samples, others) = prompts::divide(samples, process.as_ref());
     let num_samples = samples.len();
 
     let writer = Writer::open(&output, provenance)?;
     let (prompts, skipped) = prompts::render(samples, &teacher, settings)?;
-    prompts::save_skipped(&skipped, &output)?;
-    // A process may have no prompts at all, when there are fewer prompts than processes.
-    if prompts.is_empty() && num_samples > 0 {
-        return Err(prompts::none_fits(settings, &teacher));
-    }
     let scorer = Scorer {
         data_set: &output,
         tokenizer: &teacher.tokenizer,
         data: settings.data.as_deref(),
         thought_tokens: teacher.thought_tokens.as_ref(),
     };
-    let (mut buffer, resumed) = ShardBuffer::open(writer, &prompts, settings.rows_per_shard, scorer)?;
-
-    let mut progress = Progress::new("collect", buffer.num_rows() as u64, prompts.len() as u64);
-    let started = Instant::now();
-    let device = teacher.model.device();
-    libtorch::reset_peak_gpu_memory(device);
-    let decoded = decoding::decode_missing(&teacher, &prompts, settings, &mut buffer, &mut progress);
-    // Finished answers are kept, whatever failed after them.
-    let writer = buffer.close(decoded.is_ok())?;
-    let decoded = decoded?;
-    finish_with_card(writer)?;
+    let (resumed, decoded, seconds) = if writer.manifest().complete {
+        (Counts::from_data_set(&output, scorer)?, Counts::default(), 0.0)
+    } else {
+        prompts::save_skipped(&skipped, &output)?;
+        if prompts.is_empty() {
+            prompts::expect_answerable(&others, &teacher, settings)?;
+        }
+        let model = checkpoint::load(&teacher.folder, device, device::default_kind(device))?;
+        let (buffer, resumed) = ShardBuffer::open(writer, &prompts, settings.rows_per_shard, scorer)?;
+        let (decoded, seconds) = collect_missing(settings, &teacher, &model, &prompts, buffer)?;
+        (resumed, decoded, seconds)
+    };
 
     let left_out = LeftOut { set_aside: num_set_aside, skipped: skipped.len() };
-    let seconds = started.elapsed().as_secs_f64();
     let run = RunStats {
         responses: decoded.stats(),
         seconds,
-        tokens_per_second: decoded.num_decoded_tokens() as f64 / seconds,
+        tokens_per_second: (seconds > 0.0).then(|| decoded.num_decoded_tokens() as f64 / seconds),
         peak_memory_bytes: libtorch::gpu_memory(device).map(|(_, peak)| peak),
     };
     let summary = summarize(num_samples, left_out, resumed, decoded, run);
     let (total, output) = (&summary.total, output.display());
-    if decoded.num_rows() == 0 {
-        progress::log(format!("already complete: {total}, in {output}"));
-    } else {
-        progress.finish();
-        progress::log(format!("{total}, in {output}"));
-    }
+    let already = if decoded.num_rows() == 0 { "already complete: " } else { "" };
+    progress::log(format!("{already}{total}, in {output}"));
     Ok(summary)
+}
+
+/// Collects the responses that are missing, and completes the data set. Returns their counts and the
+/// seconds of decoding and writing.
+fn collect_missing(
+    settings: &Settings,
+    teacher: &Teacher,
+    model: &Transformer,
+    prompts: &[RenderedPrompt],
+    mut buffer: ShardBuffer<'_>,
+) -> Result<(Counts, f64)> {
+    let mut progress = Progress::new("collect", buffer.num_rows() as u64, prompts.len() as u64);
+    let started = Instant::now();
+    libtorch::reset_peak_gpu_memory(model.device());
+    let decoded = decoding::decode_missing(teacher, model, prompts, settings, &mut buffer, &mut progress);
+    // Finished answers are kept, whatever failed after them.
+    let writer = buffer.close(decoded.is_ok())?;
+    let decoded = decoded?;
+    finish_with_card(writer)?;
+    let seconds = started.elapsed().as_secs_f64();
+    if decoded.num_rows() > 0 {
+        progress.finish();
+    }
+    Ok((decoded, seconds))
 }
 
 /// Folder in which this process collects: that of the data set, or a folder in it.

@@ -39,12 +39,14 @@ pub(super) fn read(settings: &Settings) -> Result<PromptSet> {
     Ok(set)
 }
 
-/// The samples that this process answers: all of them, or every `world_size`-th one.
-pub(super) fn samples_of_process(samples: Vec<Sample>, process: Option<&ProcessEnv>) -> Vec<Sample> {
-    match process {
-        Some(process) => samples.into_iter().skip(process.rank).step_by(process.world_size).collect(),
-        None => samples,
-    }
+/// The samples that this process answers, all of them or every `world_size`-th one, and those that
+/// the others answer.
+pub(super) fn divide(samples: Vec<Sample>, process: Option<&ProcessEnv>) -> (Vec<Sample>, Vec<Sample>) {
+    let (rank, world_size) = process.map_or((0, 1), |process| (process.rank, process.world_size));
+    let (own, others): (Vec<_>, Vec<_>) =
+        samples.into_iter().enumerate().partition(|(index, _)| index % world_size == rank);
+    let samples = |numbered: Vec<(usize, Sample)>| numbered.into_iter().map(|(_, sample)| sample).collect();
+    (samples(own), samples(others))
 }
 
 /// Renders and tokenizes the prompts. Returns those that are empty or too long for the context
@@ -54,13 +56,12 @@ pub(super) fn render(
     teacher: &Teacher,
     settings: &Settings,
 ) -> Result<(Vec<RenderedPrompt>, Vec<Sample>)> {
-    let max_positions = teacher.model.config().max_positions;
     let (mut prompts, mut skipped) = (Vec::new(), Vec::new());
     let (mut num_unlearnable, mut first_problem) = (0, None);
     for sample in samples {
         let encoded = teacher.tokenizer.encode_prompt(&sample.prompt);
         let (text, ids) = encoded.map_err(|error| error.in_row(&settings.prompts, &sample.id))?;
-        if ids.is_empty() || ids.len().saturating_add(settings.max_new_tokens) > max_positions {
+        if !teacher.can_answer(&ids, settings.max_new_tokens) {
             skipped.push(sample);
         } else {
             let encode =
@@ -95,14 +96,25 @@ pub(super) fn save_skipped(skipped: &[Sample], output: &Path) -> Result<()> {
     prompt_set::write(&output.join("skipped.jsonl"), skipped)
 }
 
-/// The error for a prompt set in which no prompt fits the context.
-pub(super) fn none_fits(settings: &Settings, teacher: &Teacher) -> Error {
-    Error::usage(format!(
+/// Refuses a prompt set in which no prompt can be answered, when this process has none that can: the
+/// prompts of `others` may. Then this process has nothing to do.
+///
+/// # Errors
+/// [`Error::Usage`] that says what prompts can be answered.
+pub(super) fn expect_answerable(others: &[Sample], teacher: &Teacher, settings: &Settings) -> Result<()> {
+    for sample in others {
+        let encoded = teacher.tokenizer.encode_prompt(&sample.prompt);
+        let (_, ids) = encoded.map_err(|error| error.in_row(&settings.prompts, &sample.id))?;
+        if teacher.can_answer(&ids, settings.max_new_tokens) {
+            return Ok(());
+        }
+    }
+    Err(Error::usage(format!(
         "no prompt of {} fits the context of {} tokens: with max_new_tokens={} a prompt may have at most {}; lower \
          max_new_tokens",
         settings.prompts.display(),
-        teacher.model.config().max_positions,
+        teacher.config.max_positions,
         settings.max_new_tokens,
         teacher.max_prompt_tokens(settings.max_new_tokens)
-    ))
+    )))
 }

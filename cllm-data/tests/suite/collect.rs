@@ -1,7 +1,9 @@
 //! `collect`: the same files for the same seed, resuming, several processes, and prompts that do
 //! not fit.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use assert_cmd::Command;
@@ -48,6 +50,50 @@ fn several_processes_collect_one_data_set_together() {
     };
     assert_eq!(sorted(&shared), sorted(&alone));
     assert_eq!(run_json(&["validate", "--json", &shared])["rows"], 24);
+}
+
+#[test]
+fn a_process_whose_prompts_are_all_too_long_has_no_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let (prompts, output) = (path(dir.path(), "prompts.jsonl"), path(dir.path(), "output"));
+    let row = |id: usize, text: &str| json!({ "id": id.to_string(), "prompt": text }).to_string() + "\n";
+    let (short, long) = ("3+4", "apples ".repeat(400));
+    let collect_as = |rank: &str| {
+        let mut command = Command::cargo_bin("cllm-data").unwrap();
+        command.args(["--quiet", "collect", "n=8", "max_new_tokens=20", "device=cpu"]);
+        command.args([format!("model={}", teacher()), format!("prompts={prompts}"), format!("output={output}")]);
+        command.env("WORLD_SIZE", "2").env("RANK", rank).env("MASTER_ADDR", "nobody").env("MASTER_PORT", "1").assert()
+    };
+    fs::write(&prompts, row(0, &long) + &row(1, &long)).unwrap();
+    for rank in ["0", "1"] {
+        let stderr = collect_as(rank).code(2).get_output().stderr.clone();
+        let stderr = String::from_utf8_lossy(&stderr);
+        assert!(stderr.contains("no prompt of") && stderr.contains("lower max_new_tokens"), "{stderr}");
+    }
+    fs::remove_dir_all(&output).unwrap();
+    fs::write(&prompts, row(0, short) + &row(1, &long) + &row(2, short) + &row(3, &long)).unwrap();
+    for rank in ["0", "1"] {
+        collect_as(rank).success();
+    }
+    assert_eq!(rows(&output).iter().map(|row| row.sample_id.as_str()).collect::<Vec<_>>(), ["0", "2"]);
+}
+
+#[test]
+fn collecting_again_what_is_complete_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = path(dir.path(), "output");
+    let once = collect(&output, &[]);
+    let files = || {
+        let entries = ["", "data"].map(|inside| fs::read_dir(Path::new(&output).join(inside)).unwrap());
+        let file = |entry: fs::DirEntry| (entry.path(), entry.metadata().unwrap().ino());
+        entries.into_iter().flatten().map(|entry| file(entry.unwrap())).collect::<BTreeMap<_, _>>()
+    };
+    let before = files();
+    let again = collect(&output, &[]);
+    assert_eq!((&again["total"], &again["resumed"]), (&once["total"], &json!(24)));
+    assert_eq!((&again["run"]["rows"], &again["run"]["tokens_per_second"]), (&json!(0), &json!(null)));
+    // A file that is written again has another number.
+    assert_eq!(files(), before);
 }
 
 #[test]
