@@ -192,12 +192,15 @@ impl Task {
     }
 
     /// Checks that [`Task::score`] can score answers to `sample`: its database or tests are there
-    /// and its pattern is valid. Call it before answers are generated, which would otherwise be
-    /// lost.
+    /// and its pattern is valid. Without a reference, answers stay unscored, and nothing is needed.
+    /// Call it before answers are generated, which would otherwise be lost.
     ///
     /// # Errors
     /// As [`Task::score`].
     pub fn check_scorable(self, context: ScoreContext<'_>, sample: &Sample) -> Result<()> {
+        if sample.reference.is_none() {
+            return Ok(());
+        }
         match (self, context) {
             (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::database_paths(data, sample).map(drop),
             (Task::Humaneval, ScoreContext { sandbox: Some(_), .. }) => {

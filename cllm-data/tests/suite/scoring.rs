@@ -43,6 +43,12 @@ fn spider_is_scored_if_its_databases_are_given() {
     let again = collect(&path(dir.path(), "a"), &given.each_ref().map(String::as_str));
     assert_eq!((&again["run"]["rows"], &again["total"]), (&json!(0), &scored["total"]));
     assert_eq!(collect(&path(dir.path(), "b"), &[&given[0]])["total"]["accuracy"], Value::Null);
+    // As `prepare --variants` makes them: there is nothing to score with.
+    let mut variant = prompt("zoo");
+    variant.as_object_mut().unwrap().retain(|key, _| !["reference", "meta"].contains(&key.as_str()));
+    fs::write(&prompts, variant.to_string()).unwrap();
+    let unscored = collect(&path(dir.path(), "variants"), &given.each_ref().map(String::as_str));
+    assert_eq!((&unscored["total"]["rows"], &unscored["total"]["scored"]), (&json!(1), &json!(0)));
     fs::write(&prompts, prompt("aquarium").to_string()).unwrap();
     let output = format!("output={}", path(dir.path(), "c"));
     let said = run_error(&["collect", &format!("model={model}"), &given[0], &given[1], &output], 2);
