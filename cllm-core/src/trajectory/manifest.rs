@@ -6,7 +6,7 @@ use std::path::Path;
 
 use jiff::civil::Date;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::schema::SCHEMA_VERSION;
 use crate::chat_template::RenderingRecord;
@@ -179,10 +179,27 @@ impl fmt::Display for Difference {
                     written(expected)
                 )
             }
-            "steps" => write!(out, "was made in other steps ({existing}, not {expected})"),
+            "steps" => match changed_setting(existing, expected) {
+                Some(change) => write!(out, "{change}"),
+                None => write!(out, "was made in other steps ({existing}, not {expected})"),
+            },
             setting => write!(out, "{}", change("was started", setting, existing, expected)),
         }
     }
+}
+
+/// The first setting in which two lists of steps differ, as a clause; `None` if they differ in
+/// another way than in a step that is written `VERB: {SETTINGS}`.
+fn changed_setting(existing: &Value, expected: &Value) -> Option<String> {
+    let mut pairs = existing.as_array()?.iter().zip(expected.as_array()?);
+    let (existing, expected) = pairs.find(|(existing, expected)| existing != expected)?;
+    let (verb, existing) = existing.as_str()?.split_once(": ")?;
+    let expected = expected.as_str()?.strip_prefix(verb)?.strip_prefix(": ")?;
+    let settings = |text: &str| serde_json::from_str::<Map<String, Value>>(text).ok();
+    let (existing, expected) = (settings(existing)?, settings(expected)?);
+    let of = |settings: &Map<String, Value>, key: &str| settings.get(key).cloned().unwrap_or_default();
+    let key = expected.keys().find(|key| of(&existing, key) != of(&expected, key))?;
+    Some(change(&format!("was made by {verb}"), key, &of(&existing, key), &of(&expected, key)))
 }
 
 impl Manifest {

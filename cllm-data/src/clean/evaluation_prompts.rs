@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use cllm_core::chat_template::SystemFrame;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Trajectory;
-use cllm_core::{Result, interrupt, prompt_set};
+use cllm_core::{Result, fingerprint, interrupt, prompt_set};
 
 use super::{hash_bytes, hash_ids};
 
@@ -36,6 +36,14 @@ impl EvaluationPrompts {
             }
         }
         Ok(EvaluationPrompts { ids, without_system, frame })
+    }
+
+    /// Hash of all prompts, in whatever files and order. `None` if there are none.
+    pub(super) fn fingerprint(&self) -> Option<String> {
+        let mut hashes: Vec<u128> = self.ids.iter().chain(&self.without_system).copied().collect();
+        hashes.sort_unstable();
+        let bytes: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect();
+        (!hashes.is_empty()).then(|| fingerprint::hash_bytes(&bytes))
     }
 
     /// Whether a row, with this hash of its prompt, has one of the prompts.

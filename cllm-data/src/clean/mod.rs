@@ -77,7 +77,8 @@ pub fn clean(settings: &Settings) -> Result<Report> {
         evaluation_prompts: EvaluationPrompts::read(&settings.evaluation_prompts, &tokenizer)?,
     };
     let Settings { input, output, .. } = settings;
-    let command = Command { verb: "clean", settings, input, output, step: describe_step(settings) };
+    let step = describe_step(settings, &context.evaluation_prompts);
+    let command = Command { verb: "clean", settings, input, output, step };
     let Some(mut rewrite) = command.open()? else {
         let report: Report = command.read_report()?;
         progress::log(format!("already complete: {}", report.text(output)));
@@ -111,14 +112,17 @@ fn load_tokenizer(settings: &Settings, of_data: &RenderingRecord) -> Result<Toke
     }
 }
 
-/// The step for the provenance: the rules without the paths, so that the same rows cleaned
-/// elsewhere give the same file.
-fn describe_step(settings: &Settings) -> String {
+/// The step for the provenance: the rules, with what is in the paths that they need instead of the
+/// paths, so that the same rows cleaned elsewhere give the same file. Of `data`, which only
+/// `drop_incorrect` needs, it says whether it was given.
+fn describe_step(settings: &Settings, evaluation_prompts: &EvaluationPrompts) -> String {
     let mut rules = json!(settings);
     if let Some(rules) = rules.as_object_mut() {
-        for path in ["input", "output", "model", "data", "chat_template"] {
+        for path in ["input", "output", "model", "chat_template", "evaluation_prompts"] {
             rules.shift_remove(path);
         }
+        rules.insert("data".to_owned(), json!(settings.drop_incorrect && settings.data.is_some()));
+        rules.insert("evaluation_prompts_hash".to_owned(), json!(evaluation_prompts.fingerprint()));
     }
     format!("clean: {rules}")
 }

@@ -9,7 +9,7 @@ use cllm_core::trajectory::Trajectory;
 use cllm_testing::programs::path;
 use serde_json::{Value, json};
 
-use crate::fixtures::{row, rows, run, run_json, teacher, tokenizer, write_data_set};
+use crate::fixtures::{row, rows, run, run_error, run_json, teacher, tokenizer, write_data_set};
 
 const EVALUATION_PROMPT: &str = "known";
 
@@ -98,4 +98,30 @@ fn an_evaluation_prompt_is_found_whatever_system_message_it_has() {
     let (model, evaluation) = (format!("model={}", teacher()), format!("evaluation_prompts=[{evaluation}]"));
     let report = run_json(&["clean", "--json", &input, &output, &model, &evaluation]);
     assert_eq!((&report["kept"], &report["rules"]), (&json!(1), &json!({ "evaluation_prompt": 3 })));
+}
+
+#[test]
+fn other_evaluation_prompts_in_the_same_file_are_no_repetition() {
+    let dir = tempfile::tempdir().unwrap();
+    let evaluation = path(dir.path(), "evaluation.jsonl");
+    let input = write_data_set(&[row("a", &[&(40..80).collect::<Vec<_>>()[..], &[0]].concat())]);
+    let arguments = [
+        "clean".to_owned(),
+        format!("input={}", input.path().display()),
+        format!("output={}", path(dir.path(), "clean")),
+        format!("model={}", teacher()),
+        format!("evaluation_prompts=[{evaluation}]"),
+    ];
+    let arguments = arguments.each_ref().map(String::as_str);
+    let put = |prompts: &[&str]| {
+        let rows: Vec<String> = prompts.iter().map(|prompt| json!({ "prompt": prompt }).to_string()).collect();
+        fs::write(&evaluation, rows.join("\n")).unwrap();
+    };
+    put(&["one", "two"]);
+    run(&arguments).success();
+    put(&["two", "one"]);
+    run(&arguments).success();
+    put(&["one", "three"]);
+    let error = run_error(&arguments, 2);
+    assert!(error.contains("was made by clean with evaluation_prompts_hash="), "{error}");
 }

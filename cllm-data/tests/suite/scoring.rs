@@ -30,6 +30,21 @@ fn spider_is_scored_if_its_databases_are_given() {
     };
     assert_eq!(clean("scored", &format!("data={}", data.display()))["rules"], json!({ "incorrect_answer": 1 }));
     assert_eq!(clean("unscored", "data=null")["kept"], 2);
+    assert_eq!(clean("unscored", "data=null")["kept"], 2);
+    // What would be dropped now must not pass for cleaned, nor the other way round.
+    for (name, given, said) in [
+        ("unscored", format!("data={}", data.display()), "was made by clean with data=false; this command says true"),
+        ("scored", "data=null".to_owned(), "was made by clean with data=true; this command says false"),
+    ] {
+        let (from, to) = (format!("input={}", input.path().display()), format!("output={}", path(dir.path(), name)));
+        let error = run_error(&["clean", &from, &to, &format!("model={model}"), &given, "drop_incorrect=true"], 2);
+        assert!(error.contains(said) && error.contains("choose another output folder"), "{error}");
+    }
+    // Only `drop_incorrect` looks at it.
+    let (from, to) = (format!("input={}", input.path().display()), format!("output={}", path(dir.path(), "all")));
+    for given in ["data=null".to_owned(), format!("data={}", data.display())] {
+        assert_eq!(run_json(&["clean", &from, &to, &format!("model={model}"), &given, "--json"])["kept"], 2);
+    }
 
     let prompts = path(dir.path(), "prompts.jsonl");
     let prompt = |database: &str| {

@@ -67,6 +67,10 @@ impl Stage<'_> {
             Stage::Clean(settings) => {
                 inputs.add_settings(settings, &["input", "output", "model", "data", "evaluation_prompts"])?;
                 inputs.add_contents("the trajectories", trajectory::fingerprint(&settings.input)?);
+                if settings.drop_incorrect {
+                    // Some tasks cannot tell what is incorrect without it.
+                    inputs.add_settings(&json!({ "data": settings.data.is_some() }), &[])?;
+                }
                 for (index, path) in settings.evaluation_prompts.iter().enumerate() {
                     let name = format!("evaluation prompts {}", index + 1);
                     inputs.add_contents(name, fingerprint::hash_contents(path)?);
