@@ -127,16 +127,25 @@ impl ThoughtLimit {
         // Some tokenizers put a space before the first word of a text, which this is not.
         let mut closing_ids = tokenizer.encode(&format!("{START}{CLOSING}"))?;
         closing_ids.drain(..=closing_ids.iter().position(|&id| id == tokens.start_id).unwrap_or(0));
-        let min_new_tokens = max_thinking_tokens.saturating_add(closing_ids.len() + 1);
-        if max_new_tokens < min_new_tokens {
-            let num_closing = closing_ids.len();
+        let limit = ThoughtLimit { tokens, closing: ThoughtClosing { max_thinking_tokens, closing_ids } };
+        if !limit.leaves_room(max_new_tokens) {
+            let (num_closing, min_new_tokens) = (limit.closing.closing_ids.len(), limit.min_new_tokens());
             return Err(Error::usage(format!(
                 "max_thinking_tokens={max_thinking_tokens}, the {num_closing} tokens that close a thought, and an answer \
                  do not fit into max_new_tokens={max_new_tokens}; lower max_thinking_tokens, or raise max_new_tokens to \
                  {min_new_tokens} at least"
             )));
         }
-        Ok(ThoughtLimit { tokens, closing: ThoughtClosing { max_thinking_tokens, closing_ids } })
+        Ok(limit)
+    }
+
+    /// Whether an answer of at most so many tokens has room after a thought of the greatest length.
+    pub fn leaves_room(&self, max_new_tokens: usize) -> bool {
+        max_new_tokens >= self.min_new_tokens()
+    }
+
+    fn min_new_tokens(&self) -> usize {
+        self.closing.max_thinking_tokens.saturating_add(self.closing.closing_ids.len() + 1)
     }
 }
 

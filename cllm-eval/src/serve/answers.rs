@@ -89,9 +89,11 @@ impl Order {
         let (n, sampling) = (ask.n, ask.sampling(app.settings.temperature));
         let prompts = model.encode(ask.prompts)?;
         let default = app.settings.max_new_tokens;
-        let max_new_tokens =
-            prompts.iter().map(|prompt| model.max_new_tokens(&prompt.ids, ask.max_tokens, default, param));
-        let stops = max_new_tokens.map(|number| model.stop_conditions(number?)).collect::<Result<_, _>>()?;
+        let stop = |prompt: &EncodedPrompt| {
+            let max_new_tokens = model.max_new_tokens(&prompt.ids, ask.max_tokens, default, param);
+            max_new_tokens.map(|max_new_tokens| model.stop_conditions(max_new_tokens))
+        };
+        let stops = prompts.iter().map(stop).collect::<Result<_, _>>()?;
         let room = model.reserve(n * prompts.len())?;
         // Greedy answers do not depend on it but for the number of their forwards.
         let seed = ask.seed.unwrap_or_else(|| if sampling.is_greedy() { 0 } else { rand::random() });

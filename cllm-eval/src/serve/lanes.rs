@@ -30,13 +30,13 @@ struct Source {
     folder: PathBuf,
     config: ModelConfig,
     tokenizer: Arc<Tokenizer>,
+    thought_limit: Option<ThoughtLimit>,
 }
 
 /// What is served, and from which files.
 pub(super) struct Plan {
     sources: Vec<Source>,
     lanes: Vec<Lane>,
-    max_thinking_tokens: Option<usize>,
 }
 
 struct Lane {
@@ -88,12 +88,7 @@ pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
             max_answers: num_rows + settings.max_queue,
         });
     }
-    if let Some(max_thinking_tokens) = settings.max_thinking_tokens {
-        for source in &sources {
-            ThoughtLimit::new(&source.tokenizer, max_thinking_tokens, settings.max_new_tokens)?;
-        }
-    }
-    Ok(Plan { sources, lanes, max_thinking_tokens: settings.max_thinking_tokens })
+    Ok(Plan { sources, lanes })
 }
 
 /// The strategy of the settings, or the one that suits the model.
@@ -128,7 +123,9 @@ impl Source {
         checkpoint::check(&folder)?;
         let tokenizer = Tokenizer::load_for(&folder, &settings.rendering.resolve(chat_template::today())?)?;
         let tokenizer = tokenizer.with_eos_ids(settings.eos_ids.as_deref(), &folder, config.vocab_size)?;
-        Ok(Source { name: name.to_owned(), folder, config, tokenizer: Arc::new(tokenizer) })
+        let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);
+        let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;
+        Ok(Source { name: name.to_owned(), folder, config, tokenizer: Arc::new(tokenizer), thought_limit })
     }
 
     fn is_chat(&self) -> bool {
@@ -169,7 +166,7 @@ impl Plan {
                 strategy: lane.strategy.to_string(),
                 tokenizer: Arc::clone(&source.tokenizer),
                 eos_ids: source.tokenizer.eos_ids().to_vec(),
-                max_thinking_tokens: self.max_thinking_tokens,
+                thought_limit: source.thought_limit.clone(),
                 vocab_size: source.config.vocab_size,
                 context: lane.context,
                 is_chat: source.is_chat(),

@@ -21,8 +21,7 @@ pub(super) struct ServedModel {
     pub(super) strategy: String,
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) eos_ids: Vec<i32>,
-    /// Maximum length of a thought.
-    pub(super) max_thinking_tokens: Option<usize>,
+    pub(super) thought_limit: Option<ThoughtLimit>,
     pub(super) vocab_size: i64,
     /// Maximum number of tokens of a prompt with its answer.
     pub(super) context: usize,
@@ -109,19 +108,11 @@ impl ServedModel {
         Err(ApiError::field(param, message).with_code("context_length_exceeded"))
     }
 
-    /// When an answer of at most so many tokens ends.
-    ///
-    /// # Errors
-    /// If it has no room after a thought of the greatest length.
-    pub(super) fn stop_conditions(&self, max_new_tokens: usize) -> Result<StopConditions, ApiError> {
-        let stop = StopConditions::new(max_new_tokens, self.eos_ids.clone());
-        // Nothing is decoded.
-        let Some(max_thinking_tokens) = self.max_thinking_tokens.filter(|_| max_new_tokens > 0) else {
-            return Ok(stop);
-        };
-        let limit = ThoughtLimit::new(&self.tokenizer, max_thinking_tokens, max_new_tokens);
-        let limit = limit.map_err(|error| ApiError::field("max_tokens", error.to_string()))?;
-        Ok(StopConditions { thought_limit: Some(limit), ..stop })
+    /// When an answer of at most so many tokens ends. One that would end before it could go on after a
+    /// thought of the greatest length has no limit on thoughts.
+    pub(super) fn stop_conditions(&self, max_new_tokens: usize) -> StopConditions {
+        let thought_limit = self.thought_limit.clone().filter(|limit| limit.leaves_room(max_new_tokens));
+        StopConditions { thought_limit, ..StopConditions::new(max_new_tokens, self.eos_ids.clone()) }
     }
 
     /// Takes room for some answers, for as long as the result lives.

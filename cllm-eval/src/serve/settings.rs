@@ -50,7 +50,7 @@ pub struct ServeSettings {
     pub max_new_tokens: usize,
     /// For thinking models: maximum number of tokens in the thought before an answer. An answer of
     /// this length that is still inside its thought gets the text `\n</think>\n\n`, and goes on from
-    /// there. Default: no limit.
+    /// there, unless its request leaves no room for that. Default: no limit.
     #[garde(range(min = 1, max = 1_048_576))]
     pub max_thinking_tokens: Option<usize>,
     /// Temperature if a request does not say it; 0 chooses the likeliest token.
