@@ -17,7 +17,7 @@ use super::models::{EncodedPrompt, ServedModel};
 use super::requests::Ask;
 use super::scored_texts::WholeText;
 use super::scoring::TokenScore;
-use super::text::AnswerText;
+use super::text::{Added, AnswerText, prompt_offsets};
 
 /// A request whose prompts are encoded and whose answers have room.
 pub(super) struct Order {
@@ -53,6 +53,8 @@ pub(super) enum Piece {
     Tokens {
         ids: Vec<i32>,
         text: String,
+        /// Where each token begins in the answer, in characters.
+        offsets: Vec<usize>,
         seconds: f64,
         /// Of each token, if they were asked for.
         scores: Vec<TokenScore>,
@@ -71,6 +73,8 @@ pub(super) struct WholeAnswer {
     pub(super) prompt: usize,
     pub(super) ids: Vec<i32>,
     pub(super) text: String,
+    /// Where each of its tokens begins in its text, in characters.
+    pub(super) offsets: Vec<usize>,
     pub(super) reason: &'static str,
     pub(super) num_forwards: usize,
     pub(super) num_cached: usize,
@@ -141,11 +145,11 @@ impl Order {
                 match event {
                     Event::Started { num_cached } => yield Piece::Started { num_cached },
                     Event::Tokens { mut ids, seconds, mut scores } => {
-                        let added = text.push(&ids).map_err(undecodable)?;
-                        ids.truncate(added.num_tokens);
-                        scores.truncate(added.num_tokens);
-                        yield Piece::Tokens { ids, text: added.text, seconds, scores };
-                        if added.is_stopped {
+                        let Added { text, offsets, is_stopped } = text.push(&ids).map_err(undecodable)?;
+                        ids.truncate(offsets.len());
+                        scores.truncate(offsets.len());
+                        yield Piece::Tokens { ids, text, offsets, seconds, scores };
+                        if is_stopped {
                             yield Piece::End { text: String::new(), reason: "stop" };
                             return;
                         }
@@ -173,9 +177,10 @@ impl Order {
         while let Some(piece) = pieces.next().await {
             match piece? {
                 Piece::Started { num_cached } => answer.num_cached = num_cached,
-                Piece::Tokens { ids, text, .. } => {
+                Piece::Tokens { ids, text, offsets, .. } => {
                     answer.ids.extend(ids);
                     answer.text.push_str(&text);
+                    answer.offsets.extend(offsets);
                     answer.num_forwards += 1;
                 }
                 Piece::End { text, reason } => {
@@ -207,6 +212,19 @@ impl Order {
             Some(Event::Failed(error)) => Err(error),
             _ => Err(ApiError::engine()),
         }
+    }
+
+    /// Counts the offsets of an answer from the beginning of its prompt, whose tokens get offsets too.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub(super) fn add_prompt_offsets(&self, answer: &mut WholeAnswer) -> Result<(), ApiError> {
+        let EncodedPrompt { text, ids } = &self.prompts[answer.prompt];
+        let of_prompt = prompt_offsets(&self.model.tokenizer, text, ids).map_err(undecodable)?;
+        let num_chars = text.chars().count();
+        let of_answer = answer.offsets.iter().map(|offset| num_chars + offset);
+        answer.offsets = of_prompt.into_iter().chain(of_answer).collect();
+        Ok(())
     }
 
     /// Answers that are their prompts alone.

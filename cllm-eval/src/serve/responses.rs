@@ -64,18 +64,18 @@ impl Head {
         self.json(true, vec![choice])
     }
 
-    /// The log-probabilities of some tokens of a choice, after `num_chars` characters of others, which
-    /// it adds to. Of the first token of a text there is none: there is one score less then.
+    /// The log-probabilities of some tokens of a choice, which begin at `offsets` of its text. Of the
+    /// first token of a text there is none: there is one score less then.
     pub(super) fn logprobs(
         &self,
         tokenizer: &Tokenizer,
         ids: &[i32],
+        offsets: &[usize],
         scores: &[TokenScore],
-        num_chars: &mut usize,
     ) -> Value {
         match self.is_chat {
             true => chat_logprobs(tokenizer, ids, scores),
-            false => completion_logprobs(tokenizer, ids, scores, num_chars),
+            false => completion_logprobs(tokenizer, ids, offsets, scores),
         }
     }
 
@@ -101,7 +101,7 @@ impl Head {
         let prompt = &order.prompts[answer.prompt];
         let logprobs = answer.scores.as_ref().map(|scores| {
             let ids = if echo { &[&prompt.ids[..], &answer.ids].concat() } else { &answer.ids };
-            self.logprobs(&order.model.tokenizer, ids, scores, &mut 0)
+            self.logprobs(&order.model.tokenizer, ids, &answer.offsets, scores)
         });
         let mut choice = match self.is_chat {
             true => json!({ "index": answer.index, "message": { "role": "assistant", "content": answer.text } }),
@@ -142,15 +142,10 @@ fn chat_token(tokenizer: &Tokenizer, id: i32, logprob: f64) -> Value {
     json!({ "token": token, "logprob": logprob, "bytes": token.as_bytes() })
 }
 
-fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[TokenScore], num_chars: &mut usize) -> Value {
+fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], offsets: &[usize], scores: &[TokenScore]) -> Value {
     let scores: Vec<Option<&TokenScore>> =
         std::iter::repeat_n(None, ids.len() - scores.len()).chain(scores.iter().map(Some)).collect();
     let tokens: Vec<String> = ids.iter().map(|&id| tokenizer.token_text(id)).collect();
-    let offsets = tokens.iter().map(|token| {
-        let start = *num_chars;
-        *num_chars += token.chars().count();
-        start
-    });
     let top = ids.iter().zip(&scores).map(|(&id, score)| {
         let score = score.as_ref()?;
         // The token itself is there, too. Of tokens that are written alike, the likeliest counts.
@@ -159,7 +154,7 @@ fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[TokenScore]
         Some(pairs.collect::<serde_json::Map<_, _>>())
     });
     json!({
-        "text_offset": offsets.collect::<Vec<_>>(),
+        "text_offset": offsets,
         "token_logprobs": scores.iter().map(|score| score.map(|score| score.logprob)).collect::<Vec<_>>(),
         "top_logprobs": top.collect::<Vec<_>>(),
         "tokens": tokens,

@@ -153,6 +153,9 @@ async fn answer(
     if let Some(num_top) = contents.num_top {
         for answer in &mut answers {
             answer.scores = Some(order.score(answer, contents.echo, num_top).await?);
+            if contents.echo {
+                order.add_prompt_offsets(answer)?;
+            }
         }
     }
     Ok(axum::Json(head.whole(&order, &answers, contents.echo)).into_response())
@@ -201,19 +204,20 @@ fn parts(order: Order, head: Head, contents: Contents) -> impl Stream<Item = Res
     let Contents { echo, decodes, num_top, include_usage } = contents;
     async_stream::try_stream! {
         let tokenizer = &order.model.tokenizer;
-        // Of the tokens of each choice so far.
-        let mut num_chars = vec![0; order.num_choices()];
+        // Characters of each choice before its answer.
+        let mut num_echoed = vec![0; order.num_choices()];
         let mut usage = Usage {
             prompt_tokens: order.prompts.iter().map(|prompt| prompt.ids.len()).sum(),
             ..Usage::default()
         };
-        for answer in if echo { order.empty_answers() } else { Vec::new() } {
+        for mut answer in if echo { order.empty_answers() } else { Vec::new() } {
             let prompt = &order.prompts[answer.prompt];
+            num_echoed[answer.index] = prompt.text.chars().count();
             let mut chunk = head.chunk(answer.index, &prompt.text, false, (!decodes).then_some(answer.reason));
             if let Some(num_top) = num_top {
                 let scores = order.score(&answer, echo, num_top).await?;
-                let logprobs = head.logprobs(tokenizer, &prompt.ids, &scores, &mut num_chars[answer.index]);
-                chunk["choices"][0]["logprobs"] = logprobs;
+                order.add_prompt_offsets(&mut answer)?;
+                chunk["choices"][0]["logprobs"] = head.logprobs(tokenizer, &prompt.ids, &answer.offsets, &scores);
             }
             yield Some(chunk);
         }
@@ -231,14 +235,14 @@ fn parts(order: Order, head: Head, contents: Contents) -> impl Stream<Item = Res
                         yield Some(head.chunk(index, "", true, None));
                     }
                 }
-                Piece::Tokens { ids, text, seconds, scores } => {
+                Piece::Tokens { ids, text, mut offsets, seconds, scores } => {
                     usage.completion_tokens += ids.len();
                     usage.forwards += 1;
                     let mut chunk = head.chunk(index, &text, false, None);
                     chunk["decoded"] = json!({ "tokens": ids.len(), "seconds": seconds });
                     if num_top.is_some() {
-                        let logprobs = head.logprobs(tokenizer, &ids, &scores, &mut num_chars[index]);
-                        chunk["choices"][0]["logprobs"] = logprobs;
+                        offsets.iter_mut().for_each(|offset| *offset += num_echoed[index]);
+                        chunk["choices"][0]["logprobs"] = head.logprobs(tokenizer, &ids, &offsets, &scores);
                     }
                     yield Some(chunk);
                 }

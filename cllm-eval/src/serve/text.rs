@@ -1,5 +1,5 @@
 //! The text of an answer as it grows: whole characters only, and nothing that a stop text may begin
-//! with until it is certain.
+//! with until it is certain. Where tokens begin in texts is counted in characters.
 
 use cllm_core::Result;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
@@ -11,14 +11,18 @@ pub(super) struct AnswerText<'t> {
     stops: &'t [String],
     /// Text that is not given out yet.
     held: String,
+    /// Characters of the tokens so far.
+    num_chars: usize,
 }
 
 /// What some tokens add to an answer.
 #[derive(Debug, PartialEq)]
 pub(super) struct Added {
     pub(super) text: String,
-    /// How many of the tokens belong to the answer: those up to the one that completes a stop text.
-    pub(super) num_tokens: usize,
+    /// Where each of the tokens begins in the answer. A token that is special or ends inside a
+    /// character adds nothing. Those after the one that completes a stop text do not belong to the
+    /// answer.
+    pub(super) offsets: Vec<usize>,
     pub(super) is_stopped: bool,
 }
 
@@ -26,25 +30,28 @@ impl<'t> AnswerText<'t> {
     /// # Errors
     /// When the tokenizer fails.
     pub(super) fn new(tokenizer: &'t Tokenizer, prompt_ids: &[i32], stops: &'t [String]) -> Result<Self> {
-        Ok(AnswerText { stream: Some(tokenizer.decode_stream(prompt_ids)?), stops, held: String::new() })
+        Ok(AnswerText { stream: Some(tokenizer.decode_stream(prompt_ids)?), stops, held: String::new(), num_chars: 0 })
     }
 
     /// # Errors
     /// When the tokenizer fails.
     pub(super) fn push(&mut self, ids: &[i32]) -> Result<Added> {
-        for (index, id) in ids.iter().enumerate() {
+        let mut offsets = Vec::with_capacity(ids.len());
+        for id in ids {
             let Some(stream) = &mut self.stream else { break };
             let text = stream.push(&[*id])?;
+            offsets.push(self.num_chars);
+            self.num_chars += text.chars().count();
             self.held.push_str(&text);
             if let Some(end) = self.find_stop() {
                 self.stream = None;
                 self.held.truncate(end);
-                return Ok(Added { text: std::mem::take(&mut self.held), num_tokens: index + 1, is_stopped: true });
+                return Ok(Added { text: std::mem::take(&mut self.held), offsets, is_stopped: true });
             }
         }
         let certain = self.held.len() - self.uncertain_bytes();
         let text = self.held.drain(..certain).collect();
-        Ok(Added { text, num_tokens: ids.len(), is_stopped: false })
+        Ok(Added { text, offsets, is_stopped: false })
     }
 
     /// The text that was still held back when the answer ended.
@@ -73,6 +80,28 @@ impl<'t> AnswerText<'t> {
     }
 }
 
+/// Where each token of a prompt begins in its text.
+///
+/// # Errors
+/// When the tokenizer fails.
+pub(super) fn prompt_offsets(tokenizer: &Tokenizer, text: &str, ids: &[i32]) -> Result<Vec<usize>> {
+    let mut stream = tokenizer.decode_stream(&[])?;
+    let (mut num_chars, mut rest) = (0, text);
+    let offset = |&id: &i32| {
+        let mut added = stream.push(&[id])?;
+        if added.is_empty() && tokenizer.decode(&[id])?.is_empty() {
+            // A special token, which is no text unless it is written in the prompt.
+            let name = tokenizer.token_text(id);
+            added = if rest.starts_with(&name) { name } else { added };
+        }
+        rest = rest.get(added.len()..).unwrap_or_default();
+        let start = num_chars;
+        num_chars += added.chars().count();
+        Ok(start)
+    };
+    ids.iter().map(offset).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -91,7 +120,7 @@ mod tests {
         for ids in ids.chunks(step) {
             let added = answer.push(ids).unwrap();
             text.push_str(&added.text);
-            num_tokens += added.num_tokens;
+            num_tokens += added.offsets.len();
             if added.is_stopped {
                 return (text, num_tokens, true);
             }

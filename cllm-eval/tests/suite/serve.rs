@@ -1,9 +1,10 @@
 //! `serve`: OpenAI's protocol, who may use it, and how it ends.
 
+use std::fs;
 use std::io::Read;
 use std::path::Path;
 
-use cllm_testing::programs::{Program, path};
+use cllm_testing::programs::{Program, copy_folder, path};
 use serde_json::{Value, json};
 
 use crate::made_up::{draft_adapters, thinking_model};
@@ -97,6 +98,41 @@ fn an_echo_without_tokens_gives_the_log_likelihoods_of_the_prompt() {
     let content = chat["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
     assert_eq!(content.len(), 3, "{chat}");
     assert!(content.iter().all(|token| token["logprob"] == token["top_logprobs"][0]["logprob"]), "{chat}");
+}
+
+#[test]
+fn offsets_count_the_characters_of_the_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    copy_folder(Path::new(TEACHER), &model);
+    // As tokenizers of Llama, it puts a token before a text that the text does not have.
+    let file = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let [id, text] = [
+        json!({ "SpecialToken": { "id": "<|user|>", "type_id": 0 } }),
+        json!({ "Sequence": { "id": "A", "type_id": 0 } }),
+    ];
+    tokenizer["post_processor"] = json!({
+        "type": "TemplateProcessing", "single": [id, text], "pair": [id, text, { "Sequence": { "id": "B", "type_id": 1 } }],
+        "special_tokens": { "<|user|>": { "id": "<|user|>", "ids": [2], "tokens": ["<|user|>"] } },
+    });
+    fs::write(&file, tokenizer.to_string()).unwrap();
+    let server = Server::start(&[&format!("model={}", model.display()), "eos_ids=[]"]);
+    let offsets = |echo: bool| {
+        let body = json!({ "prompt": "a数b<|user|>c", "echo": echo, "logprobs": 0, "max_tokens": 2 });
+        let choice = server.complete(body).json()["choices"][0].clone();
+        let offsets: Vec<u64> = serde_json::from_value(choice["logprobs"]["text_offset"].clone()).unwrap();
+        (offsets, choice["logprobs"]["tokens"].clone())
+    };
+    let (echoed, tokens) = offsets(true);
+    assert_eq!(
+        (&tokens[0], &tokens[1], &tokens[5], &tokens[6]),
+        (&json!("<|user|>"), &json!("a"), &json!("b"), &json!("<|user|>"))
+    );
+    // The three tokens of one character begin where it does.
+    assert_eq!(echoed[..9], [0, 0, 1, 1, 1, 2, 3, 11, 12]);
+    let (alone, _) = offsets(false);
+    assert_eq!(alone, echoed[8..].iter().map(|offset| offset - 12).collect::<Vec<_>>());
 }
 
 /// The log-probabilities of a choice of a stream, with the lists of all its parts joined.
