@@ -39,9 +39,9 @@ impl Scorer<'_> {
             meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
         };
         let context = ScoreContext { data: self.data, ..ScoreContext::default() };
-        let score = Task::from_source(&row.source).score(context, &sample, text, row.finish_reason);
-        let score = score.map_err(|error| error.in_file(self.data_set))?;
-        Ok(if self.ends_inside_thought(row) { score.of_cut_answer() } else { score }.verdict)
+        let (task, is_open) = (Task::from_source(&row.source), self.ends_inside_thought(row));
+        let score = task.score(context, &sample, text, row.finish_reason, is_open);
+        Ok(score.map_err(|error| error.in_file(self.data_set))?.verdict)
     }
 
     pub(crate) fn ends_inside_thought(&self, row: &Trajectory) -> bool {

@@ -44,8 +44,8 @@ impl<'a> AnswerScorer<'a> {
     pub fn score(&self, answers: &mut [AnswerRecord]) -> Result<()> {
         let score = |answer: &AnswerRecord| {
             interrupt::check()?;
-            let score = self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason)?;
-            Ok(if answer.thought == Some(Thought::Open) { score.of_cut_answer() } else { score })
+            let is_open = answer.thought == Some(Thought::Open);
+            self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason, is_open)
         };
         let scores: Vec<Score> = answers.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, Score { verdict, alternative }) in answers.iter_mut().zip(scores) {

@@ -213,9 +213,9 @@ impl Task {
     }
 
     /// Scores an answer to `sample`, without what the model thought before it. An answer that was
-    /// cut at the length limit is never correct: it did not reach its end, and a number or query
-    /// that happens to be its last would be luck. The text of a thought that the prompt opened does
-    /// not show that it never closed: who has the tokens calls [`Score::of_cut_answer`].
+    /// cut at the length limit or ends inside a thought is never correct: it did not reach its end,
+    /// and a number or query that happens to be its last would be luck. Only the tokens tell whether a
+    /// thought is open, since the prompt may have opened it.
     ///
     /// # Errors
     /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks
@@ -226,9 +226,11 @@ impl Task {
         sample: &Sample,
         answer: &str,
         finish_reason: FinishReason,
+        thought_is_open: bool,
     ) -> Result<Score> {
         let score = self.score_complete(context, sample, answer)?;
-        Ok(if finish_reason == FinishReason::Length { score.of_cut_answer() } else { score })
+        let is_cut = finish_reason == FinishReason::Length || thought_is_open;
+        Ok(if is_cut { score.of_cut_answer() } else { score })
     }
 
     /// Scores an answer that reached its end.
@@ -267,13 +269,18 @@ mod tests {
             reference: reference.map(str::to_owned),
             meta: None,
         };
-        let score = |reference: Option<&str>, answer: &str, finish_reason| {
-            Task::Jsonl.score(ScoreContext::default(), &sample(reference), answer, finish_reason).unwrap().verdict
+        let score = |reference: Option<&str>, answer: &str, finish_reason, thought_is_open| {
+            let sample = sample(reference);
+            let score = Task::Jsonl.score(ScoreContext::default(), &sample, answer, finish_reason, thought_is_open);
+            score.unwrap().verdict
         };
-        assert_eq!(score(Some("2"), "2", FinishReason::Eos), Verdict::Correct);
-        assert_eq!(score(Some("2"), "2", FinishReason::Length), Verdict::Incorrect);
-        assert_eq!(score(Some("2"), "3", FinishReason::Length), Verdict::Incorrect);
-        assert_eq!(score(None, "2", FinishReason::Length), Verdict::Unscored);
+        assert_eq!(score(Some("2"), "2", FinishReason::Eos, false), Verdict::Correct);
+        assert_eq!(score(Some("2"), "2", FinishReason::Eos, true), Verdict::Incorrect);
+        for thought_is_open in [false, true] {
+            assert_eq!(score(Some("2"), "2", FinishReason::Length, thought_is_open), Verdict::Incorrect);
+            assert_eq!(score(Some("2"), "3", FinishReason::Length, thought_is_open), Verdict::Incorrect);
+            assert_eq!(score(None, "2", FinishReason::Length, thought_is_open), Verdict::Unscored);
+        }
     }
 
     #[test]
@@ -291,7 +298,7 @@ mod tests {
             ("2</think>3", Verdict::Incorrect),
             ("<think>2", Verdict::Incorrect),
         ] {
-            let score = Task::Jsonl.score(ScoreContext::default(), &sample, answer, FinishReason::Eos);
+            let score = Task::Jsonl.score(ScoreContext::default(), &sample, answer, FinishReason::Eos, false);
             assert_eq!(score.unwrap().verdict, verdict, "{answer}");
         }
     }

@@ -91,7 +91,7 @@ impl Score {
 
     /// The score of an answer that did not reach its end, or whose thought never closed: it is
     /// correct by no rule.
-    pub fn of_cut_answer(self) -> Self {
+    pub(super) fn of_cut_answer(self) -> Self {
         let cut =
             |alternative: Alternative| Alternative { verdict: alternative.verdict.of_cut_answer(), ..alternative };
         Score { verdict: self.verdict.of_cut_answer(), alternative: self.alternative.map(cut) }

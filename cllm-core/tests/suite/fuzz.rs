@@ -166,7 +166,7 @@ fn score(task: Task, answer: &str) {
             reference: Some(reference.to_owned()),
             meta: None,
         };
-        let _ = task.score(ScoreContext::default(), &sample, answer, FinishReason::Eos);
+        let _ = task.score(ScoreContext::default(), &sample, answer, FinishReason::Eos, false);
     }
 }
 
@@ -188,7 +188,7 @@ fn fuzz_sql_and_python_extraction() {
     let target = |input: &[u8]| {
         let text = String::from_utf8_lossy(input);
         for sample in &problems {
-            let _ = Task::Synthetic.score(ScoreContext::default(), sample, &text, FinishReason::Eos);
+            let _ = Task::Synthetic.score(ScoreContext::default(), sample, &text, FinishReason::Eos, false);
         }
         let _ = compared_code(&text, "def f():\n    return 1\n");
     };

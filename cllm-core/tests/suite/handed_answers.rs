@@ -22,7 +22,7 @@ fn sample(task: Task, reference: &str, meta: Value) -> Sample {
 
 fn score(task: Task, context: ScoreContext<'_>, sample: &Sample, answer: &str) -> Score {
     task.check_scorable(context, sample).unwrap();
-    task.score(context, sample, answer, FinishReason::Eos).unwrap()
+    task.score(context, sample, answer, FinishReason::Eos, false).unwrap()
 }
 
 const COUNT: &str = "SELECT count(*) FROM pet";

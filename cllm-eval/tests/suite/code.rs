@@ -31,7 +31,7 @@ fn sandbox() -> Sandbox {
 fn score(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {
     let by = ScoreContext { sandbox: Some(sandbox), ..ScoreContext::default() };
     task.check_scorable(by, sample).unwrap();
-    task.score(by, sample, answer, FinishReason::Eos).unwrap().verdict
+    task.score(by, sample, answer, FinishReason::Eos, false).unwrap().verdict
 }
 
 /// A problem like those of HumanEval.
@@ -240,7 +240,7 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
         assert_eq!(score(Task::Humaneval, &sandbox, &sample, &answer), verdict, "{answer}");
     }
     let by = ScoreContext { sandbox: Some(&sandbox), ..ScoreContext::default() };
-    let cut = Task::Humaneval.score(by, &sample, whole, FinishReason::Length).unwrap();
+    let cut = Task::Humaneval.score(by, &sample, whole, FinishReason::Length, false).unwrap();
     assert_eq!(cut.verdict, Verdict::Incorrect);
     let old = Sample { meta: Some(json!({ "task_id": "T/0", "entry_point": "largest", "test": "" })), ..sample };
     let error = Task::Humaneval.check_scorable(by, &old).unwrap_err().to_string();

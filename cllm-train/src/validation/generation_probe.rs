@@ -105,8 +105,9 @@ impl<'t> GenerationProbe<'t> {
         let (sample, request) = (&self.samples[index], &self.requests[index]);
         let text = self.tokenizer.decode_answer(&request.prompt_ids, &answer.response_ids)?;
         let context = ScoreContext { data: self.data.as_deref(), ..ScoreContext::default() };
-        let score = Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason)?;
         let is_open = |tokens: &ThoughtTokens| tokens.is_open(&request.prompt_ids, &answer.response_ids);
-        Ok(if self.thought_tokens.as_ref().is_some_and(is_open) { score.of_cut_answer() } else { score }.verdict)
+        let is_open = self.thought_tokens.as_ref().is_some_and(is_open);
+        let task = Task::from_source(&sample.source);
+        Ok(task.score(context, sample, &text, answer.finish_reason, is_open)?.verdict)
     }
 }
