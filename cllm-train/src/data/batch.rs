@@ -245,13 +245,8 @@ fn noisy_rows(sequence: &PackedSequence, first_row: usize) -> (Vec<Vec<NoisyRow>
     (rows, continues_block)
 }
 
-/// The rows of a sequence's prompt that are in the anchor loss.
+/// The rows of a sequence's prompt that are in the anchor loss: a fraction of them, evenly spread.
 fn anchored_prompt_rows(sequence: &PackedSequence, fraction: f64) -> impl Iterator<Item = usize> {
-    spread_evenly(fraction, sequence.prompt_len().saturating_sub(1))
-}
-
-/// A fraction of the indices below `count`, evenly spread.
-fn spread_evenly(fraction: f64, count: usize) -> impl Iterator<Item = usize> {
-    let num_before = move |index: usize| (index as f64 * fraction) as usize;
-    (0..count).filter(move |&index| num_before(index + 1) > num_before(index))
+    let num_before = move |row: usize| (row as f64 * fraction) as usize;
+    (0..sequence.prompt_len().saturating_sub(1)).filter(move |&row| num_before(row + 1) > num_before(row))
 }
