@@ -78,11 +78,12 @@ impl Program {
         run.assert_error(arguments, 3, &["stdout: cannot be written"]);
     }
 
-    /// Runs it until it handles `signal` ("INT", "TERM") and `is_ready`, sends the signal, and
-    /// asserts that it ends by itself with this exit code.
+    /// Runs it until it handles `signal` ("INT", "TERM", "HUP") and `is_ready`, sends the signal, and
+    /// asserts that it ends by itself with this exit code. A program leaves a hangup alone that was
+    /// ignored before it was started, as `nohup` does, which the tests may have been started with.
     #[track_caller]
     pub fn interrupt(&self, arguments: &[impl Argument], signal: &str, code: i32, is_ready: impl Fn() -> bool) {
-        let mut command = self.command(&[]);
+        let mut command = self.command(&["env", "--default-signal=HUP"]);
         let mut child = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         while !handles_signal(child.id(), signal) || !is_ready() {
             assert!(child.try_wait().unwrap().is_none(), "{arguments:?} ended before it could be stopped");
