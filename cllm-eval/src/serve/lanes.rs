@@ -165,7 +165,6 @@ impl Plan {
                 lane: index,
                 strategy: lane.strategy.to_string(),
                 tokenizer: Arc::clone(&source.tokenizer),
-                eos_ids: source.tokenizer.eos_ids().to_vec(),
                 thought_limit: source.thought_limit.clone(),
                 vocab_size: source.config.vocab_size,
                 context: lane.context,

@@ -20,7 +20,6 @@ pub(super) struct ServedModel {
     pub(super) lane: usize,
     pub(super) strategy: String,
     pub(super) tokenizer: Arc<Tokenizer>,
-    pub(super) eos_ids: Vec<i32>,
     pub(super) thought_limit: Option<ThoughtLimit>,
     pub(super) vocab_size: i64,
     /// Maximum number of tokens of a prompt with its answer.
@@ -112,7 +111,7 @@ impl ServedModel {
     /// thought of the greatest length has no limit on thoughts.
     pub(super) fn stop_conditions(&self, max_new_tokens: usize) -> StopConditions {
         let thought_limit = self.thought_limit.clone().filter(|limit| limit.leaves_room(max_new_tokens));
-        StopConditions { thought_limit, ..StopConditions::new(max_new_tokens, self.eos_ids.clone()) }
+        StopConditions { thought_limit, ..StopConditions::new(max_new_tokens, self.tokenizer.eos_ids().to_vec()) }
     }
 
     /// Takes room for some answers, for as long as the result lives.
