@@ -23,7 +23,7 @@ pub(crate) struct Rewrite {
 }
 
 /// Settings that say where something is. The provenance says whether it is the same.
-const PATHS: [&str; 4] = ["input", "output", "model", "data"];
+const PATHS: [&str; 5] = ["input", "output", "model", "data", "evaluation_prompts"];
 
 /// A command that rewrites a data set.
 pub(crate) struct Command<'s, S> {

@@ -399,7 +399,9 @@ impl Checkpoints {
         let real_folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
         let advice = format!("delete {} to resume from the checkpoint before it", real_folder.display());
         let Some(state) = read_state(&folder, &advice)? else {
-            return Err(Error::file(&folder, format!("has no {STATE_FILE}: {advice}")));
+            let none = format!("none of its checkpoints has a {STATE_FILE} to resume from");
+            let advice = "choose another output, or delete the folder to start over";
+            return Err(Error::file(self.folder(), format!("{none}: {advice}")));
         };
         self.check_fingerprint(&state, fingerprint)?;
         if group.is_main() {

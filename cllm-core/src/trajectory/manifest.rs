@@ -198,7 +198,7 @@ fn changed_setting(existing: &Value, expected: &Value) -> Option<String> {
     let settings = |text: &str| serde_json::from_str::<Map<String, Value>>(text).ok();
     let (existing, expected) = (settings(existing)?, settings(expected)?);
     let of = |settings: &Map<String, Value>, key: &str| settings.get(key).cloned().unwrap_or_default();
-    let key = expected.keys().find(|key| of(&existing, key) != of(&expected, key))?;
+    let key = expected.keys().chain(existing.keys()).find(|key| of(&existing, key) != of(&expected, key))?;
     Some(change(&format!("was made by {verb}"), key, &of(&existing, key), &of(&expected, key)))
 }
 

@@ -47,8 +47,11 @@ impl Writer {
         expect_own_folder(folder)?;
         atomic_file::recover(folder)?;
         atomic_file::recover(&folder.join(SHARD_FOLDER))?;
-        let is_empty = |existing: &Manifest| existing.shards.is_empty() && !folder.join(PARTIAL_SHARD).exists();
-        // A run that failed before its first row leaves a manifest that says how nothing was made.
+        // A run that failed before its first row leaves a manifest that says how nothing was made. A
+        // process may also have no rows to make, and then its data set is complete without any.
+        let is_empty = |existing: &Manifest| {
+            !existing.complete && existing.shards.is_empty() && !folder.join(PARTIAL_SHARD).exists()
+        };
         let manifest = match Manifest::read(folder)?.filter(|existing| !is_empty(existing)) {
             None => Manifest {
                 schema_version: SCHEMA_VERSION,

@@ -113,16 +113,21 @@ fn load_tokenizer(settings: &Settings, of_data: &RenderingRecord) -> Result<Toke
 }
 
 /// The step for the provenance: the rules, with what is in the paths that they need instead of the
-/// paths, so that the same rows cleaned elsewhere give the same file. Of `data`, which only
-/// `drop_incorrect` needs, it says whether it was given.
+/// paths, so that the same rows cleaned elsewhere give the same file. It says whether `data` was given
+/// where `drop_incorrect` needs it.
 fn describe_step(settings: &Settings, evaluation_prompts: &EvaluationPrompts) -> String {
     let mut rules = json!(settings);
     if let Some(rules) = rules.as_object_mut() {
-        for path in ["input", "output", "model", "chat_template", "evaluation_prompts"] {
+        for path in ["input", "output", "model", "data", "chat_template"] {
             rules.shift_remove(path);
         }
-        rules.insert("data".to_owned(), json!(settings.drop_incorrect && settings.data.is_some()));
-        rules.insert("evaluation_prompts_hash".to_owned(), json!(evaluation_prompts.fingerprint()));
+        if settings.drop_incorrect {
+            rules.insert("data".to_owned(), json!(settings.data.is_some()));
+        }
+        if let Some(hash) = evaluation_prompts.fingerprint() {
+            rules.shift_remove("evaluation_prompts");
+            rules.insert("evaluation_prompts_hash".to_owned(), json!(hash));
+        }
     }
     format!("clean: {rules}")
 }

@@ -108,7 +108,7 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
         thought_tokens: teacher.thought_tokens.as_ref(),
     };
     let (resumed, decoded, seconds) = if writer.manifest().complete {
-        (Counts::from_data_set(&output, scorer)?, Counts::default(), 0.0)
+        (Counts::from_shards(&writer, scorer)?, Counts::default(), 0.0)
     } else {
         prompts::save_skipped(&skipped, &output)?;
         if prompts.is_empty() {

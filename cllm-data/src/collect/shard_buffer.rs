@@ -33,9 +33,7 @@ impl<'p> ShardBuffer<'p> {
         let mut buffer = ShardBuffer { writer, prompts, rows_per_shard, scorer, rows: BTreeMap::new() };
         buffer.rows = buffer.load_partial_rows();
         let mut counts = Counts::from_rows(buffer.rows.values().cloned().map(Ok), scorer)?;
-        if buffer.num_written() > 0 {
-            counts += Counts::from_data_set(buffer.writer.folder(), scorer)?;
-        }
+        counts += Counts::from_shards(&buffer.writer, scorer)?;
         buffer.write_complete_shards()?;
         Ok((buffer, counts))
     }

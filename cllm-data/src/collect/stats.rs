@@ -2,11 +2,10 @@
 
 use std::fmt;
 use std::ops::AddAssign;
-use std::path::Path;
 
 use cllm_core::progress::count;
 use cllm_core::task::Verdict;
-use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
+use cllm_core::trajectory::{FinishReason, Reader, Trajectory, Writer};
 use cllm_core::{Result, interrupt};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -126,11 +125,14 @@ impl Counts {
     }
 
     /// The counts of all shards written so far.
-    pub(super) fn from_data_set(folder: &Path, scorer: Scorer<'_>) -> Result<Self> {
-        let reader = Reader::open_incomplete(folder)?;
+    pub(super) fn from_shards(writer: &Writer, scorer: Scorer<'_>) -> Result<Self> {
+        let mut counts = Counts::default();
+        if writer.num_shards() == 0 {
+            return Ok(counts);
+        }
+        let reader = Reader::open_incomplete(writer.folder())?;
         let chunks = reader.row_chunks();
         let of_chunks = chunks.par_iter().map(|chunk| Counts::from_rows(reader.chunk_rows(chunk), scorer));
-        let mut counts = Counts::default();
         of_chunks.collect::<Result<Vec<_>>>()?.into_iter().for_each(|of_chunk| counts += of_chunk);
         Ok(counts)
     }

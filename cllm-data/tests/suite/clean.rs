@@ -121,6 +121,10 @@ fn other_evaluation_prompts_in_the_same_file_are_no_repetition() {
     run(&arguments).success();
     put(&["two", "one"]);
     run(&arguments).success();
+    let moved = path(dir.path(), "moved.jsonl");
+    fs::copy(&evaluation, &moved).unwrap();
+    let elsewhere = format!("evaluation_prompts=[{moved}]");
+    run(&[&arguments[..4], &[&elsewhere]].concat()).success();
     put(&["one", "three"]);
     let error = run_error(&arguments, 2);
     assert!(error.contains("was made by clean with evaluation_prompts_hash="), "{error}");

@@ -58,24 +58,30 @@ fn a_process_whose_prompts_are_all_too_long_has_no_rows() {
     let (prompts, output) = (path(dir.path(), "prompts.jsonl"), path(dir.path(), "output"));
     let row = |id: usize, text: &str| json!({ "id": id.to_string(), "prompt": text }).to_string() + "\n";
     let (short, long) = ("3+4", "apples ".repeat(400));
-    let collect_as = |rank: &str| {
+    let collect_as = |rank: &str, max_new_tokens: &str| {
         let mut command = Command::cargo_bin("cllm-data").unwrap();
-        command.args(["--quiet", "collect", "n=8", "max_new_tokens=20", "device=cpu"]);
+        command.args(["--quiet", "collect", "n=8", "device=cpu", &format!("max_new_tokens={max_new_tokens}")]);
         command.args([format!("model={}", teacher()), format!("prompts={prompts}"), format!("output={output}")]);
         command.env("WORLD_SIZE", "2").env("RANK", rank).env("MASTER_ADDR", "nobody").env("MASTER_PORT", "1").assert()
     };
     fs::write(&prompts, row(0, &long) + &row(1, &long)).unwrap();
     for rank in ["0", "1"] {
-        let stderr = collect_as(rank).code(2).get_output().stderr.clone();
+        let stderr = collect_as(rank, "20").code(2).get_output().stderr.clone();
         let stderr = String::from_utf8_lossy(&stderr);
         assert!(stderr.contains("no prompt of") && stderr.contains("lower max_new_tokens"), "{stderr}");
     }
     fs::remove_dir_all(&output).unwrap();
     fs::write(&prompts, row(0, short) + &row(1, &long) + &row(2, short) + &row(3, &long)).unwrap();
-    for rank in ["0", "1"] {
-        collect_as(rank).success();
+    for rank in ["0", "1", "0", "1"] {
+        collect_as(rank, "20").success();
+        assert!(rank == "0" || !rows(&output).is_empty(), "what is complete stays complete");
     }
     assert_eq!(rows(&output).iter().map(|row| row.sample_id.as_str()).collect::<Vec<_>>(), ["0", "2"]);
+    for rank in ["0", "1"] {
+        let stderr = collect_as(rank, "19").failure().get_output().stderr.clone();
+        let stderr = String::from_utf8_lossy(&stderr);
+        assert!(stderr.contains("was started with max_new_tokens=20; this command says 19"), "{stderr}");
+    }
 }
 
 #[test]

@@ -19,7 +19,7 @@ use cllm_core::{Error, Result, atomic_file, interrupt, output_folder, progress};
 
 use report::{REPORT_FILE, RoundsReport};
 pub use settings::RoundsSettings;
-use stage::{Stage, best_model};
+use stage::{Stage, hand_on};
 
 /// Runs the rounds, resuming from what the output folder holds. Returns the path of `rounds.json`.
 ///
@@ -45,7 +45,7 @@ pub fn run(settings: &RoundsSettings) -> Result<PathBuf> {
             interrupt::check()?;
             rounds.run_stage(index, round.collect.n, &stage)?;
         }
-        model = best_model(&round.train.output);
+        model = hand_on(&round.train)?;
         rounds.report.model = Some(model.clone());
     }
     rounds.report.complete = true;

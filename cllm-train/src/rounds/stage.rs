@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
 use crate::trainer;
 
-/// Folder of the best checkpoint with its adapters merged, in that of a run.
+/// The folder in a run's that has its best checkpoint with the adapters merged.
 const MERGED: &str = "best-merged";
 
 /// One stage of a round, with its settings.
@@ -123,28 +123,32 @@ impl Stage<'_> {
             }
             Stage::Train(settings) => {
                 trainer::run((*settings).clone())?;
-                merge_best(settings)?;
                 read_json(&settings.output.join(SUMMARY_FILE))
             }
         }
     }
 }
 
-/// The model that a training run hands to the next round: its best checkpoint if validation chose
-/// one, otherwise the final model.
-pub fn best_model(run: &Path) -> PathBuf {
-    let chosen = [run.join(MERGED), checkpoints_folder(run).join(BEST)];
-    chosen.into_iter().find(|folder| folder.exists()).unwrap_or_else(|| run.join(FINAL))
+/// The model that a training run hands to the next round: its best model. Adapters are merged, since
+/// those of the next round cannot be trained on top of them.
+///
+/// # Errors
+/// Those of loading and writing the model.
+pub fn hand_on(settings: &Settings) -> Result<PathBuf> {
+    let (best, merged) = (best_model(&settings.output), settings.output.join(MERGED));
+    if !checkpoint::is_adapter(&best) || settings.adapts_drafts() {
+        return Ok(best);
+    }
+    if !merged.exists() {
+        export(&best, device::default_kind(device::parse(&settings.device)?), &merged, false)?;
+    }
+    Ok(merged)
 }
 
-/// Merges the adapters of the best checkpoint into their model, as those of the final one are: the
-/// adapters of the next round cannot be trained on top of them.
-fn merge_best(settings: &Settings) -> Result<()> {
-    let (best, merged) = (checkpoints_folder(&settings.output).join(BEST), settings.output.join(MERGED));
-    if !checkpoint::is_adapter(&best) || settings.adapts_drafts() || merged.exists() {
-        return Ok(());
-    }
-    export(&best, device::default_kind(device::parse(&settings.device)?), &merged, false)
+/// The best checkpoint of a training run if validation chose one, otherwise its final model.
+fn best_model(run: &Path) -> PathBuf {
+    let best = checkpoints_folder(run).join(BEST);
+    if best.exists() { best } else { run.join(FINAL) }
 }
 
 fn read_json(path: &Path) -> Result<Value> {
@@ -159,9 +163,7 @@ mod tests {
     fn the_next_round_starts_from_the_best_checkpoint_if_there_is_one() {
         let run = tempfile::tempdir().unwrap();
         assert_eq!(best_model(run.path()), run.path().join("final"));
-        for best in ["checkpoints/best", "best-merged"] {
-            std::fs::create_dir_all(run.path().join(best)).unwrap();
-            assert_eq!(best_model(run.path()), run.path().join(best));
-        }
+        std::fs::create_dir_all(run.path().join("checkpoints/best")).unwrap();
+        assert_eq!(best_model(run.path()), run.path().join("checkpoints/best"));
     }
 }
