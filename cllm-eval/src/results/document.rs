@@ -338,10 +338,10 @@ impl Results {
 
     /// Describes how tokens were chosen.
     pub fn sampling(&self) -> String {
-        match self.settings.temperature {
-            0.0 => "greedy".to_owned(),
-            temperature => format!("sampled at temperature {temperature}"),
+        if self.settings.sampling().is_greedy() {
+            return "greedy".to_owned();
         }
+        format!("sampled at temperature {}", self.settings.temperature)
     }
 }
 

@@ -199,3 +199,12 @@ fn forwards_after_a_closed_thought_begin_behind_the_tokens_that_closed_it() {
     assert_eq!(acceptance.over_answer, [first, Segment { start: 32, tokens: 20, forwards: 2 }]);
     assert_eq!(acceptance.forwards.last(), Some(&5));
 }
+
+#[test]
+fn a_temperature_that_chooses_the_likeliest_token_is_called_greedy() {
+    let mut results = Results::from_records(&records());
+    for (temperature, name) in [(0.0, "greedy"), (1e-9, "greedy"), (0.5, "sampled at temperature 0.5")] {
+        results.settings.temperature = temperature;
+        assert_eq!(results.sampling(), name);
+    }
+}
