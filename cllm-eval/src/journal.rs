@@ -9,8 +9,9 @@ use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use cllm_core::{Error, Result, atomic_file, disk, progress, settings};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::config::RunSettings;
 use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, ThroughputRecord, WindowRecord};
 use crate::role::Role;
 use crate::score::AnswerScorer;
@@ -27,13 +28,15 @@ impl Journal {
     /// a run are by the same rules.
     ///
     /// # Errors
-    /// When the file belongs to another run; as [`AnswerScorer::score`]; file-system errors.
+    /// When the file belongs to another run, or its answers would lose verdicts; as
+    /// [`AnswerScorer::score`]; file-system errors.
     pub fn open(path: &Path, header: Header, scorer: AnswerScorer<'_>) -> Result<Self> {
         let left = if path.exists() { Records::read_interrupted(path)? } else { None };
         match left {
             // A run that ended before its first answer has nothing to lose.
             Some((mut records, whole_bytes)) if !records.is_empty() => {
                 expect_same_run(path, &records.header, &header)?;
+                expect_no_lost_verdicts(path, &records.header.settings, &header.settings)?;
                 let is_scored_alike = records.header.settings.scoring() == header.settings.scoring();
                 (records.header.settings, records.header.sandbox) = (header.settings, header.sandbox);
                 if !is_scored_alike {
@@ -157,6 +160,23 @@ fn expect_same_run(path: &Path, before: &Header, now: &Header) -> Result<()> {
     Ok(())
 }
 
+/// Refuses to resume a run whose answers `score`, or an earlier command, scored by a setting that this
+/// command lacks.
+fn expect_no_lost_verdicts(path: &Path, before: &RunSettings, now: &RunSettings) -> Result<()> {
+    let data = before.data.as_ref().filter(|_| now.data.is_none()).map(|data| format!("data={}", data.display()));
+    let execute_code = (before.execute_code && !now.execute_code).then(|| "execute_code=true".to_owned());
+    match data.or(execute_code) {
+        None => Ok(()),
+        Some(setting) => Err(Error::file(
+            path,
+            format!(
+                "its answers were scored with {setting}, and this command would take their verdicts away: add \
+                 `{setting}`, or choose another `output`"
+            ),
+        )),
+    }
+}
+
 /// Describes how two runs differ.
 fn difference(before: &Header, now: &Header) -> String {
     let values = |header: &Header| serde_json::to_value(header.settings.of_run()).unwrap_or(Value::Null);
@@ -178,6 +198,10 @@ fn difference(before: &Header, now: &Header) -> String {
     let other_model = now.models.iter().find(|model| before.model(model.role) != Some(model));
     match other_model {
         Some(model) => format!("was started with another {}: {} has changed since", model.role, model.path),
+        // The prompts are those of `data`.
+        None if now.settings.prompts.is_none() && before.settings.data != now.settings.data => {
+            settings::change("was started", "data", &json!(before.settings.data), &json!(now.settings.data))
+        }
         None => "was started with other prompts".to_owned(),
     }
 }

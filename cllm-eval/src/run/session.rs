@@ -105,11 +105,28 @@ fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
     }
 }
 
-/// Fingerprint of everything that must be unchanged for a run to resume. Whether a student adapts its
-/// teacher follows from the two models.
+/// Fingerprint of everything that must be unchanged for a run to resume. A run that was started when
+/// the settings of scoring were part of it keeps its own. Which they were then is unknown, because
+/// `score` changes them.
 fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
+    let identity = hash(&settings.of_run(), models, samples)?;
+    let recorded = Header::read(&settings.output.join(SAMPLES))?.filter(|header| header.identity != identity);
+    let Some(recorded) = recorded else { return Ok(identity) };
+    for data in [None, settings.data.clone(), recorded.settings.data] {
+        for (execute_code, keep_distinct) in [(false, false), (false, true), (true, false), (true, true)] {
+            let started = RunSettings { data: data.clone(), execute_code, keep_distinct, ..settings.of_run() };
+            if hash(&started, models, samples)? == recorded.identity {
+                return Ok(recorded.identity);
+            }
+        }
+    }
+    Ok(identity)
+}
+
+/// Whether a student adapts its teacher is left out, because it follows from the two models.
+fn hash(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
     let models: Vec<_> = models.iter().map(|model| ModelEntry { adapts_teacher: false, ..model.clone() }).collect();
-    let text = serde_json::to_vec(&(settings.of_run(), models, samples)).map_err(Error::serialization)?;
+    let text = serde_json::to_vec(&(settings, models, samples)).map_err(Error::serialization)?;
     Ok(fingerprint::hash_bytes(&text))
 }
 

@@ -212,6 +212,25 @@ fn timings_of_two_machines_are_not_mixed() {
 }
 
 #[test]
+fn other_prompts_are_named_by_their_setting_if_it_has_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, output, first, second] = ["teacher", "run", "a.jsonl", "b.jsonl"].map(|name| path(dir.path(), name));
+    model(Path::new(&teacher), 1);
+    let row = |prompt: &str| json!({ "id": "0", "prompt": prompt }).to_string();
+    fs::write(&first, row("1 + 2 =")).unwrap();
+    fs::write(&second, row("3 + 4 =")).unwrap();
+    let run = |data: &str| {
+        let fixed = ["run", "benchmark=jsonl", "max_new_tokens=4", "num_speed_examples=0", "device=cpu"];
+        let given = [format!("teacher={teacher}"), format!("output={output}"), format!("data={data}")];
+        [&fixed.map(str::to_owned)[..], &given].concat()
+    };
+    EVAL.succeed(&run(&first));
+    EVAL.fail(&run(&second), 2, &[&format!("was started with data={first}; this command says {second}")]);
+    fs::write(&first, row("3 + 4 =")).unwrap();
+    EVAL.fail(&run(&first), 2, &["was started with other prompts"]);
+}
+
+#[test]
 fn a_last_line_that_was_cut_off_is_left_out() {
     let dir = tempfile::tempdir().unwrap();
     let (run, samples) = (path(dir.path(), "run"), dir.path().join("run/samples.jsonl"));

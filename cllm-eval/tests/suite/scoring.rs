@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
+use cllm_core::{fingerprint, prompt_set};
+use cllm_eval::config::RunSettings;
 use cllm_eval::records::Records;
 use serde_json::json;
 
@@ -292,24 +294,61 @@ fn a_run_that_resumes_after_score_has_one_rule_for_all_its_answers() {
     records.answers.truncate(1);
     records.answers[0].text = "SELECT DISTINCT 7 FROM pen".to_owned();
     records.answers[0].finish_reason = FinishReason::Eos;
-    records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
-    EVAL.succeed(&["score", &output, "--keep-distinct"]);
-    assert_eq!(read(&output).answers[0].verdict, Verdict::Incorrect);
-    // What `score` changed is not what differs.
-    let other = [&run[..], &["max_new_tokens=6".to_owned()]].concat();
-    EVAL.fail(&other, 2, &["was started with max_new_tokens=5; this command says 6"]);
-    for (rule, verdict, metric) in [
-        ("keep_distinct=false", Verdict::Correct, "ignore_distinct"),
-        ("keep_distinct=true", Verdict::Incorrect, "keep_distinct"),
-    ] {
-        EVAL.succeed(&[&run[..], &[rule.to_owned()]].concat());
-        let records = read(&output);
-        assert_eq!((records.answers.len(), records.answers[0].verdict), (2, verdict), "{rule}");
-        assert_eq!(records.header.settings.keep_distinct, rule == "keep_distinct=true");
-        let results = fs::read_to_string(Path::new(&output).join("results.json")).unwrap();
-        let results: serde_json::Value = serde_json::from_str(&results).unwrap();
-        assert_eq!(results["models"][0]["strategies"][0]["metric"], metric, "{rule}");
+    let samples = Path::new(&output).join("samples.jsonl");
+    let identities = [records.header.identity.clone(), identity_with_rule(&records, &prompts)];
+    for identity in identities {
+        records.header.identity = identity;
+        records.write(&samples).unwrap();
+        EVAL.succeed(&["score", &output, "--keep-distinct"]);
+        assert_eq!(read(&output).answers[0].verdict, Verdict::Incorrect);
+        // What `score` changed is not what differs.
+        let other = [&run[..], &["max_new_tokens=6".to_owned()]].concat();
+        EVAL.fail(&other, 2, &["was started with max_new_tokens=5; this command says 6"]);
+        for (rule, verdict, metric) in [
+            ("keep_distinct=true", Verdict::Incorrect, "keep_distinct"),
+            ("keep_distinct=false", Verdict::Correct, "ignore_distinct"),
+            ("keep_distinct=true", Verdict::Incorrect, "keep_distinct"),
+        ] {
+            EVAL.succeed(&[&run[..], &[rule.to_owned()]].concat());
+            let records = read(&output);
+            assert_eq!((records.answers.len(), records.answers[0].verdict), (2, verdict), "{rule}");
+            assert_eq!(records.header.settings.keep_distinct, rule == "keep_distinct=true");
+            let results = fs::read_to_string(Path::new(&output).join("results.json")).unwrap();
+            let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+            assert_eq!(results["models"][0]["strategies"][0]["metric"], metric, "{rule}");
+        }
     }
+}
+
+/// The identity of a run when the settings of scoring were part of it.
+fn identity_with_rule(records: &Records, prompts: &str) -> String {
+    let settings = RunSettings { output: PathBuf::new(), ..records.header.settings.clone() };
+    let samples = prompt_set::read(Path::new(prompts)).unwrap();
+    fingerprint::hash_bytes(&serde_json::to_vec(&(settings, &records.header.models, samples)).unwrap())
+}
+
+#[test]
+fn a_command_that_would_take_verdicts_away_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, output] = ["teacher", "output"].map(|name| path(dir.path(), name));
+    model(Path::new(&teacher), 1);
+    let given = [format!("teacher={teacher}"), format!("output={output}")];
+    let fixed = ["run", "num_problems=2", "max_new_tokens=4", "num_speed_examples=2", "device=cpu"];
+    let run = [&fixed.map(str::to_owned)[..], &given, &["concurrency=[2]".to_owned()]].concat();
+    EVAL.succeed(&run[..run.len() - 1]);
+    let samples = Path::new(&output).join("samples.jsonl");
+    for scored_with in ["execute_code=true", "data=spider"] {
+        // As `score` leaves it.
+        let mut scored = read(&output);
+        scored.header.settings.execute_code = scored_with == "execute_code=true";
+        scored.header.settings.data = (scored_with == "data=spider").then(|| "spider".into());
+        scored.write(&samples).unwrap();
+        let refusal = format!("samples.jsonl: its answers were scored with {scored_with}");
+        EVAL.fail(&run, 2, &[&refusal, &format!("add `{scored_with}`, or choose another `output`")]);
+        assert_eq!(read(&output), scored, "nothing is lost");
+    }
+    EVAL.succeed(&[&run[..], &["data=spider".to_owned()]].concat());
+    assert!(!read(&output).throughputs.is_empty());
 }
 
 #[test]
