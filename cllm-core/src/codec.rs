@@ -23,6 +23,8 @@ const SPECIAL_TOKENS: [&str; 7] =
 
 /// More than the text of a token has, for a limit that only hostile files reach.
 const MAX_TOKEN_BYTES: usize = 64;
+/// Bytes of the longest characters.
+const MAX_CHAR_BYTES: usize = 4;
 /// Maximum length of a text: a million tokens of English, more than the context of any model that is
 /// supported. Tokenizing takes some 200 bytes of memory for each byte.
 const MAX_TEXT_BYTES: usize = 4_000_000;
@@ -231,6 +233,21 @@ impl DecodeStream<'_> {
         self.num_shown_ids = self.ids.len();
         self.num_shown_chars = self.codec.decode_unsigned(&self.ids)?.chars().count();
         Ok(new_text)
+    }
+
+    /// Number of characters that are withheld only because the next token may belong to the last one.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn num_complete_chars(&self) -> Result<usize> {
+        // SentencePiece decodes whole characters as broken ones if broken ones follow.
+        for end in (self.num_shown_ids + 1..=self.ids.len()).rev().take(MAX_CHAR_BYTES) {
+            let text = self.codec.decode_unsigned(&self.ids[..end])?;
+            if !text.ends_with('\u{fffd}') {
+                return Ok(text.chars().count().saturating_sub(self.num_shown_chars));
+            }
+        }
+        Ok(0)
     }
 
     /// Returns the text that is still withheld: the incomplete character of an answer that was cut

@@ -11,7 +11,7 @@ pub(super) struct AnswerText<'t> {
     stops: &'t [String],
     /// Text that is not given out yet.
     held: String,
-    /// Characters of the tokens so far.
+    /// Characters of the text so far.
     num_chars: usize,
 }
 
@@ -39,8 +39,8 @@ impl<'t> AnswerText<'t> {
         let mut offsets = Vec::with_capacity(ids.len());
         for id in ids {
             let Some(stream) = &mut self.stream else { break };
+            offsets.push(self.num_chars + stream.num_complete_chars()?);
             let text = stream.push(&[*id])?;
-            offsets.push(self.num_chars);
             self.num_chars += text.chars().count();
             self.held.push_str(&text);
             if let Some(end) = self.find_stop() {
@@ -88,14 +88,18 @@ pub(super) fn prompt_offsets(tokenizer: &Tokenizer, text: &str, ids: &[i32]) -> 
     let mut stream = tokenizer.decode_stream(&[])?;
     let (mut num_chars, mut rest) = (0, text);
     let offset = |&id: &i32| {
+        let num_before = stream.num_complete_chars()?;
+        let start = num_chars + num_before;
         let mut added = stream.push(&[id])?;
-        if added.is_empty() && tokenizer.decode(&[id])?.is_empty() {
+        rest = rest.get(added.len()..).unwrap_or_default();
+        if added.chars().count() == num_before && tokenizer.decode(&[id])?.is_empty() {
             // A special token, which is no text unless it is written in the prompt.
             let name = tokenizer.token_text(id);
-            added = if rest.starts_with(&name) { name } else { added };
+            if let Some(after) = rest.strip_prefix(&name) {
+                rest = after;
+                added.push_str(&name);
+            }
         }
-        rest = rest.get(added.len()..).unwrap_or_default();
-        let start = num_chars;
         num_chars += added.chars().count();
         Ok(start)
     };
@@ -110,6 +114,26 @@ mod tests {
 
     fn tokenizer() -> Tokenizer {
         Tokenizer::load(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/tiny-teacher"))).unwrap()
+    }
+
+    #[test]
+    fn a_token_begins_after_the_characters_whose_bytes_came_before_it() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../cllm-core/tests/fixtures/tokenizers/llama-2");
+        let tokenizer = Tokenizer::load(Path::new(folder)).unwrap();
+        let text = "a数数b数</s></s>";
+        let ids = tokenizer.encode(text).unwrap();
+        let bytes = ids.iter().filter(|&&id| tokenizer.token_text(id).starts_with("<0x"));
+        assert_eq!(bytes.count(), 9, "each byte is a token");
+        let in_prompt = prompt_offsets(&tokenizer, text, &ids).unwrap();
+        let num_first = ids.len() - 12;
+        assert_eq!(in_prompt[num_first - 1..], [0, 1, 1, 1, 2, 2, 2, 3, 4, 4, 4, 5, 9][..]);
+        for step in 1..=ids.len() {
+            let mut answer = AnswerText::new(&tokenizer, &[], &[]).unwrap();
+            let in_answer: Vec<_> = ids.chunks(step).flat_map(|ids| answer.push(ids).unwrap().offsets).collect();
+            // Special tokens are not in the text of an answer.
+            assert_eq!(in_answer[..ids.len() - 1], in_prompt[..ids.len() - 1]);
+            assert_eq!(in_answer[ids.len() - 1], 5);
+        }
     }
 
     /// The text of an answer that grows by `step` tokens, and how many of them belong to it.
